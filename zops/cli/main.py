@@ -1,0 +1,119 @@
+"""The `zops` command: its groups, loaded only when used, and the one place where errors become exit statuses."""
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+import click
+
+from zops import __version__
+from zops.cli.output import Output
+from zops.errors import ZopsError
+
+INTERRUPTED = 130
+
+# command -> (module, attribute, short help). The help stands here too so that `zops --help` need not import a module;
+# a test holds both equal.
+COMMANDS: dict[str, tuple[str, str, str]] = {
+    "init": ("zops.cli.config", "init", "Write a commented zops.yaml fitted to this host."),
+    "config": ("zops.cli.config", "config", "Show the configuration and where each value came from."),
+    "doctor": ("zops.cli.doctor", "doctor", "Check this host and say what to do about what is wrong."),
+    "provision": ("zops.cli.provision", "provision", "Take this host from bare to serving, step by step."),
+    "up": ("zops.cli.instances", "up", "Start the instance, or recreate it where it drifted."),
+    "down": ("zops.cli.instances", "down", "Stop and remove the instance."),
+    "ps": ("zops.cli.instances", "ps", "List the instances on this host."),
+    "logs": ("zops.cli.instances", "logs", "Print the log of the instance."),
+    "health": ("zops.cli.health", "health", "Judge running instances, layer by layer."),
+    "generate": ("zops.cli.generate", "generate", "Make an image with the running instance."),
+    "cache": ("zops.cli.cache", "cache", "Pull, verify, warm, back up and restore snapshots."),
+    "image": ("zops.cli.image", "image", "Build the container image."),
+    "model": ("zops.cli.model", "model", "List the models that zops knows, or make a synthetic one."),
+    "serve": ("zops.cli.serve", "serve", "Serve a snapshot over HTTP (what runs inside an instance)."),
+}
+
+
+class LazyGroup(click.Group):
+    """A group whose commands are imported when they are called."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        """Return the commands in the order of `COMMANDS`, which is the order of an operator's day."""
+        del ctx
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Import and return one command."""
+        del ctx
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(importlib.import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        """Write the list of commands without importing them."""
+        del ctx
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, text) for name, (_, _, text) in COMMANDS.items()])
+
+
+@click.group(
+    cls=LazyGroup,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="Exit statuses: 0 ok, 1 failed or not healthy, 2 usage, 3 snapshot missing, 4 damaged, 5 engine "
+    "unreachable, 6 host short of something, 7 locked, 8 not ready in time, 9 source failed, 130 interrupted.",
+)
+@click.version_option(__version__, "-V", "--version", message="zops %(version)s")
+def cli() -> None:
+    """Take a bare GPU host to a serving one, keep its model cache honest and its containers healthy."""
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line and exit with the documented status."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(sys.argv[1:] if argv is None else argv))
+
+
+def run(argv: list[str]) -> int:
+    """Run one command line and return its exit status; errors are rendered here and nowhere else."""
+    out = Output.early(argv, os.environ)
+    try:
+        # standalone_mode=False: click then returns or raises instead of printing and exiting by itself.
+        result: Any = cli.main(args=argv, prog_name="zops", standalone_mode=False)
+        sys.stdout.flush()
+        return result if isinstance(result, int) else 0
+    except click.exceptions.Exit as done:
+        return done.exit_code
+    except click.exceptions.NoArgsIsHelpError as error:
+        error.show()
+        return error.exit_code
+    except click.ClickException as error:
+        context = getattr(error, "ctx", None)
+        hint = f"see: {context.command_path} --help" if context else ""
+        out.error(ZopsErrorView("usage", error.format_message(), hint, error.exit_code))
+        return error.exit_code
+    except ZopsError as error:
+        out.error(error)
+        if os.environ.get("ZOPS_DEBUG"):
+            raise
+        return error.exit_status
+    except (KeyboardInterrupt, click.Abort):
+        out.note("interrupted; what was finished stays, run the same command to go on")
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader (head, less) went away; Python would complain again while it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+class ZopsErrorView(ZopsError):
+    """A usage error found by click, in the shape of our own."""
+
+    def __init__(self, code: str, message: str, hint: str, exit_status: int) -> None:
+        super().__init__(message.rstrip("."), code=code, hint=hint)
+        self.__dict__["exit_status"] = exit_status
+
+
+def _interrupt(_signal: int, _frame: object) -> None:
+    raise KeyboardInterrupt

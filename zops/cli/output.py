@@ -1,0 +1,232 @@
+"""The one sink of everything a command says: data on stdout, all else on stderr, in the form that was asked for.
+
+`human` renders for a terminal (bars, colours, tables), `plain` is the same without control characters, and `json` puts
+one JSON document on stdout and events and errors as JSON lines on stderr. Resolved once, before a command runs.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import IO, Any, Literal, Self
+
+from zops.errors import UsageError, ZopsError
+from zops.events import Event, Finished, Progressed, Report, Started, Warned
+
+Mode = Literal["human", "plain", "json"]
+MODES = ("human", "plain", "json")
+PLAIN_INTERVAL_S = 10.0
+
+
+def size(count: float) -> str:
+    """Render a number of bytes in decimal units, as disks and hubs count them."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 1000 or unit == "GB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.2f} {unit}"
+        count /= 1000
+    raise AssertionError
+
+
+def duration(seconds: float) -> str:
+    """Render a duration for people: 0.31 s, 12.4 s, 3 min 05 s."""
+    if seconds < 10:
+        return f"{seconds:.2f} s"
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s"
+
+
+class Output:
+    """Where a command writes to; made once per command line."""
+
+    def __init__(self, mode: Mode, *, stdout: IO[str] | None = None, stderr: IO[str] | None = None) -> None:
+        self.mode = mode
+        self.stdout = stdout or sys.stdout
+        self.stderr = stderr or sys.stderr
+
+    @classmethod
+    def resolve(cls, asked: str | None, environ: Mapping[str, str]) -> Self:
+        """Pick the mode: what was asked for, else `ZOPS_OUTPUT`, else human on a terminal and plain elsewhere."""
+        mode = asked or environ.get("ZOPS_OUTPUT") or ("human" if sys.stderr.isatty() else "plain")
+        if mode not in MODES:
+            raise UsageError(f"ZOPS_OUTPUT is {mode!r}, it must be one of {', '.join(MODES)}")
+        return cls(mode)  # type: ignore[arg-type] # membership was just checked
+
+    @classmethod
+    def early(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
+        """Pick the mode for errors that come before any command has parsed its options."""
+        asked = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--output"), None)
+        asked = next((a.partition("=")[2] for a in argv if a.startswith("--output=")), asked)
+        if asked not in MODES:
+            asked = environ.get("ZOPS_OUTPUT") if environ.get("ZOPS_OUTPUT") in MODES else None
+        return cls.resolve(asked, {})
+
+    @property
+    def interactive(self) -> bool:
+        """Whether a person can be asked."""
+        return self.mode == "human" and sys.stdin.isatty()
+
+    # --- data, on stdout
+
+    def data(self, body: Any, human: str | None = None) -> None:
+        """Write the result: the JSON document, or the text for people (nothing when it is empty)."""
+        if self.mode == "json":
+            self.stdout.write(json.dumps(body, indent=1, default=str, ensure_ascii=False) + "\n")
+        elif human:
+            self.stdout.write(human.rstrip("\n") + "\n")
+        self.stdout.flush()
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], body: Any, *, empty: str = "") -> None:
+        """Write rows as a table for people, `body` as JSON; `empty` is said on stderr when there are no rows."""
+        rows = [tuple(row) for row in rows]
+        if self.mode == "json":
+            self.data(body)
+        elif not rows:
+            self.note(empty or "nothing to list")
+        else:
+            self.data(None, format_table(columns, rows))
+
+    # --- everything else, on stderr
+
+    def note(self, text: str) -> None:
+        """Say something that is not the result."""
+        self._say("note", text)
+
+    def warn(self, text: str) -> None:
+        """Say something that the operator should know and that stops nothing."""
+        self._say("warning", text)
+
+    def error(self, error: ZopsError) -> None:
+        """Render an error: one line what and why, and one what to do."""
+        if self.mode == "json":
+            self.stderr.write(json.dumps(error.as_json(), default=str) + "\n")
+        else:
+            self.stderr.write(f"{self._mark('error', '31;1')}: {error.message}\n")
+            if error.hint:
+                self.stderr.write(f"{self._mark('  fix', '36')}: {error.hint}\n")
+        self.stderr.flush()
+
+    def _say(self, kind: str, text: str) -> None:
+        if self.mode == "json":
+            self.stderr.write(json.dumps({kind: text}) + "\n")
+        else:
+            self.stderr.write(f"{self._mark('warning', '33')}: {text}\n" if kind == "warning" else f"{text}\n")
+        self.stderr.flush()
+
+    def _mark(self, word: str, colour: str) -> str:
+        coloured = self.mode == "human" and self.stderr.isatty() and not os.environ.get("NO_COLOR")
+        return f"\x1b[{colour}m{word}\x1b[0m" if coloured else word
+
+    # --- progress
+
+    def progress(self) -> "Progress":
+        """Return a context manager whose `report` renders events in this output's mode."""
+        return Progress(self)
+
+
+class Progress:
+    """Renders events: bars on a terminal, a line now and then in a log, JSON lines for programs."""
+
+    def __init__(self, out: Output) -> None:
+        self._out = out
+        self._bars: Any = None
+        self._ids: dict[str, Any] = {}
+        self._texts: dict[str, str] = {}
+        self._spoken: dict[str, float] = {}
+        self._units: dict[str, str] = {}
+
+    def __enter__(self) -> Report:
+        if self._out.mode == "human" and self._out.stderr.isatty():
+            self._bars = _bars(self._out.stderr)
+            self._bars.start()
+        return self._report
+
+    def __exit__(self, *_exc: object) -> None:
+        if self._bars:
+            self._bars.stop()
+
+    def _report(self, event: Event) -> None:
+        if self._out.mode == "json":
+            self._json(event)
+        elif self._bars:
+            self._bar(event)
+        else:
+            self._plain(event)
+
+    def _json(self, event: Event) -> None:
+        now = time.monotonic()
+        if isinstance(event, Progressed):
+            if now - self._spoken.get(event.task, 0) < 1 and event.done != event.total:
+                return
+            self._spoken[event.task] = now
+        body = {"event": type(event).__name__.lower()} | {slot: getattr(event, slot) for slot in event.__slots__}
+        self._out.stderr.write(json.dumps(body, default=str) + "\n")
+        self._out.stderr.flush()
+
+    def _plain(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._texts[event.task], self._units[event.task] = event.text, event.unit
+                self._spoken[event.task] = time.monotonic()
+            case Progressed():
+                now = time.monotonic()
+                if event.total and now - self._spoken.get(event.task, now) >= PLAIN_INTERVAL_S:
+                    self._spoken[event.task] = now
+                    share = f"{100 * event.done // event.total} %"
+                    self._out.note(f"{self._texts.get(event.task, event.task)}: {share} of {size(event.total)}")
+            case Finished():
+                self._out.note(f"{event.text} ({duration(event.seconds)})")
+            case Warned():
+                self._out.warn(event.text)
+
+    def _bar(self, event: Event) -> None:
+        match event:
+            case Started():
+                total = event.total or None
+                self._ids[event.task] = self._bars.add_task(event.text, total=total, unit=event.unit)
+            case Progressed():
+                if event.task in self._ids:
+                    self._bars.update(self._ids[event.task], completed=event.done, total=event.total or None)
+            case Finished():
+                bar = self._ids.pop(event.task, None)
+                if bar is not None:
+                    self._bars.remove_task(bar)
+                self._bars.console.print(f"{event.text} ({duration(event.seconds)})", highlight=False, markup=False)
+            case Warned():
+                self._bars.console.print(f"warning: {event.text}", style="yellow", highlight=False, markup=False)
+
+
+def _bars(stream: IO[str]) -> Any:
+    from rich.console import Console  # noqa: PLC0415 - rich costs 60 ms that most commands need not pay
+    from rich.progress import (  # noqa: PLC0415
+        BarColumn,
+        DownloadColumn,
+        SpinnerColumn,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+    from rich.progress import Progress as Bars  # noqa: PLC0415
+
+    return Bars(
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
+        BarColumn(bar_width=24),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=Console(file=stream),
+        transient=True,
+        refresh_per_second=8,
+    )
+
+
+def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Lay rows out under their heads, columns two spaces apart, nothing cut."""
+    table = [tuple(columns), *rows]
+    widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in table)

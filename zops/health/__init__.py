@@ -1,0 +1,1 @@
+"""Probes of a running deployment and the verdicts drawn from them."""

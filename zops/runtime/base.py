@@ -1,0 +1,233 @@
+"""What every runtime promises, and what a deployment looks like to it."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, Protocol
+
+from zops.events import Report
+from zops.spec import Spec
+
+State = Literal["created", "running", "restarting", "paused", "exited", "dead"]
+
+# Where things are inside an instance, whatever the runtime; a process sees the host's own paths instead.
+CACHE_MOUNT = "/cache"
+COMPILE_MOUNT = "/compile-cache"
+SERVE_PORT = 8000
+# Docker's default of ten seconds would cut a running generation; the server drains within request_timeout_s.
+STOP_GRACE_S = 15.0
+
+LABEL = "io.zops"
+"""Prefix of every label: `io.zops.deployment`, `.model`, `.manifest`, `.spec`, `.snapshot`, `.url`. Nothing without
+the first of them is ever touched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Deployment:
+    """What is to run: the specification plus the very snapshot that it resolved to."""
+
+    spec: Spec
+    snapshot: Path
+    """Directory of the snapshot, inside `spec.cache.dir`, as the host sees it."""
+    revision: str
+    manifest_digest: str
+
+    @property
+    def name(self) -> str:
+        """Name of the deployment."""
+        return self.spec.name
+
+    @property
+    def url(self) -> str:
+        """Address of the instance as this host reaches it."""
+        host = self.spec.serve.host
+        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
+        return f"http://{reachable}:{self.spec.serve.port}"
+
+    @property
+    def stop_timeout_s(self) -> int:
+        """Seconds that an instance gets to finish its requests when it is stopped."""
+        return int(self.spec.serve.request_timeout_s + STOP_GRACE_S)
+
+    @property
+    def spec_digest(self) -> str:
+        """Hash of everything that makes an instance what it is; a different one means drift."""
+        return hashlib.sha256(json.dumps(self.traits(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def traits(self) -> dict[str, object]:
+        """Return, as plain JSON values, everything whose change means that the instance must be made anew.
+
+        How long to wait for it, where weights come from and where backups go are no part of the instance.
+        """
+        body = self.spec.model_dump(mode="json", include={"name", "model", "runtime", "gpus", "serve", "resources"})
+        body["serve"].pop("startup_timeout_s")
+        body["image"] = self.spec.image.name if self.spec.runtime != "process" else ""
+        body["snapshot"] = str(self.snapshot)
+        body["manifest"] = self.manifest_digest
+        return body
+
+
+def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, host: str, port: int) -> dict[str, str]:
+    """Return the environment with which `zops serve` runs in any runtime.
+
+    `zops serve` reads the same specification as every command; here it gets it as `ZOPS_*` variables. The hubs are
+    switched off: an instance serves what is mounted or nothing.
+
+    Args:
+        deployment: what runs.
+        snapshot: the snapshot's directory as the instance sees it.
+        cache_dir: the cache's root as the instance sees it.
+        host: address that the server binds inside the instance.
+        port: port that it binds there.
+    """
+    serve = deployment.spec.serve
+    chosen = {
+        "ZOPS_MODEL": deployment.spec.model,
+        "ZOPS_NAME": deployment.name,
+        "ZOPS_CACHE_DIR": cache_dir,
+        "ZOPS_SNAPSHOT": snapshot,
+        "ZOPS_SERVE_HOST": host,
+        "ZOPS_SERVE_PORT": str(port),
+        "ZOPS_SERVE_DTYPE": serve.dtype,
+        "ZOPS_SERVE_MAX_PIXELS": str(serve.max_pixels),
+        "ZOPS_SERVE_MAX_IMAGES": str(serve.max_images),
+        "ZOPS_SERVE_MAX_QUEUE": str(serve.max_queue),
+        "ZOPS_SERVE_WARMUP_SIZE": str(serve.warmup_size),
+        "ZOPS_SERVE_REQUEST_TIMEOUT_S": str(serve.request_timeout_s),
+        "MODELSCOPE_CACHE": cache_dir,
+        "HF_HOME": cache_dir,
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONUNBUFFERED": "1",
+    }
+    if serve.forwards is not None:
+        chosen["ZOPS_SERVE_FORWARDS"] = str(serve.forwards)
+    if serve.guidance_scale is not None:
+        chosen["ZOPS_SERVE_GUIDANCE_SCALE"] = str(serve.guidance_scale)
+    return chosen
+
+
+def labels(deployment: Deployment) -> dict[str, str]:
+    """Return the labels by which an instance is found again and compared; they are the only record of it."""
+    return {
+        f"{LABEL}.deployment": deployment.name,
+        f"{LABEL}.model": deployment.spec.model,
+        f"{LABEL}.revision": deployment.revision,
+        f"{LABEL}.manifest": deployment.manifest_digest,
+        f"{LABEL}.snapshot": str(deployment.snapshot),
+        f"{LABEL}.spec": deployment.spec_digest,
+        f"{LABEL}.traits": json.dumps(deployment.traits(), sort_keys=True),
+        f"{LABEL}.url": deployment.url,
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One running (or stopped) instance as its runtime knows it."""
+
+    name: str
+    id: str
+    runtime: str
+    state: State
+    url: str
+    model: str
+    snapshot: str
+    manifest_digest: str
+    spec_digest: str
+    image: str = ""
+    health: str = ""
+    """What the engine's own health check says: starting, healthy, unhealthy or nothing."""
+    started_at: str = ""
+    """ISO 8601 in UTC."""
+    exit_code: int | None = None
+    oom_killed: bool = False
+    restarts: int = 0
+    traits: dict[str, object] = field(default_factory=dict, repr=False)
+
+    @property
+    def running(self) -> bool:
+        """Whether the process of the instance exists and may run."""
+        return self.state == "running"
+
+
+def drift(deployment: Deployment, instance: Instance) -> list[str]:
+    """Return, in words, what of a running instance differs from the deployment; empty when nothing does."""
+    wanted, present = _flat(deployment.traits()), _flat(instance.traits)
+    return [
+        f"{key}: {present.get(key)} -> {wanted.get(key)}"
+        for key in sorted(wanted.keys() | present.keys())
+        if wanted.get(key) != present.get(key)
+    ]
+
+
+def _flat(tree: dict[str, object], prefix: str = "") -> dict[str, object]:
+    flat: dict[str, object] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+class Runtime(Protocol):
+    """What runs instances. Reads may be called at any time; writes only by a command that was asked to change things.
+
+    Every method raises `RuntimeUnreachable` when the engine cannot be talked to.
+    """
+
+    WRITES: frozenset[str]
+    """Names of the methods that change anything; `read_only` refuses them."""
+
+    def check(self) -> str:
+        """Return what answers (name and version), so that an operator can see which engine was meant."""
+        ...
+
+    def instances(self) -> list[Instance]:
+        """Return every instance that carries our label, stopped ones included."""
+        ...
+
+    def find(self, name: str) -> Instance | None:
+        """Return the instance of a deployment, None when there is none."""
+        ...
+
+    def has_image(self, deployment: Deployment) -> bool:
+        """Tell whether the image is there (always, for a runtime without images)."""
+        ...
+
+    def logs(self, name: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
+        """Yield the instance's log lines without their line ends."""
+        ...
+
+    def obtain_image(self, deployment: Deployment, report: Report) -> None:
+        """Build or pull the image."""
+        ...
+
+    def up(self, deployment: Deployment, report: Report) -> Instance:
+        """Make the deployment's instance run, recreating it only if it drifted; return it. Does not wait until ready.
+
+        Raises:
+            HostShort: when the port is taken, a GPU is missing or memory does not suffice; nothing is left behind.
+        """
+        ...
+
+    def down(self, name: str, report: Report) -> bool:
+        """Stop and remove the instance, letting it finish its requests; return whether there was one."""
+        ...
+
+
+class WriteRefused(AssertionError):
+    """Raised when a dry run reached a method that changes things: a bug in zops, never the operator's fault."""
+
+
+class ReadOnly:
+    """A runtime that passes reads on and refuses writes: what a dry run is given instead of the real one."""
+
+    def __init__(self, runtime: Runtime) -> None:
+        self._runtime = runtime
+
+    def __getattr__(self, name: str) -> object:
+        if name in self._runtime.WRITES:
+            raise WriteRefused(f"a dry run called {type(self._runtime).__name__}.{name}")
+        return getattr(self._runtime, name)
