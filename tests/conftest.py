@@ -18,3 +18,23 @@ def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ZOPS_STATE_DIR", str(tmp_path / "state"))
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The synthetic tiny model, seed 0, as a verified snapshot; a test that changes it copies it first."""
+    from zops.cache.synthetic import synthesize_snapshot
+
+    return synthesize_snapshot(tmp_path_factory.mktemp("model") / "tiny", "tiny").path
+
+
+@pytest.fixture(scope="session")
+def served(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory):
+    """A running `zops serve` with the tiny model, shared by every test that leaves it as it found it."""
+    from tests.support.serving import start_server, stop_hard
+
+    server = start_server(tiny_model, tmp_path_factory.mktemp("served"))
+    try:
+        yield server.wait_ready()
+    finally:
+        stop_hard(server)

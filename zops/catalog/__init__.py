@@ -32,6 +32,8 @@ class Model:
     manifest_file: str = ""
     patterns: tuple[str, ...] = ()
     """What of the repository is needed at run time, as globs."""
+    resident_bytes: int = 0
+    """Memory of all weights in bfloat16; 0 when it is not known or not worth a thought."""
 
     def pinned(self) -> dict[str, Any] | None:
         """Return the JSON of the manifest that ships with zops, None for a model without one."""
@@ -41,6 +43,9 @@ class Model:
         body: dict[str, Any] = json.loads(text)
         return body
 
+
+# 6,154,908,736 + 4,022,468,096 + 83,819,683 parameters of two bytes: transformer, text encoder, VAE.
+Z_IMAGE_RESIDENT_BYTES = 20_522_393_030
 
 # What any diffusers pipeline needs at run time; README, pictures and git's own files are left at the hub.
 RUNTIME_PATTERNS = ("model_index.json", "*/*.json", "*/*.safetensors", "*/*.txt", "*/*.model", "*/*.jinja")
@@ -53,6 +58,7 @@ Z_IMAGE_TURBO = Model(
     commit="f332072aa78be7aecdf3ee76d5c247082da564a6",
     manifest_file="z-image-turbo.json",
     patterns=RUNTIME_PATTERNS,
+    resident_bytes=Z_IMAGE_RESIDENT_BYTES,
 )
 SYNTHETIC_TINY = Model(
     id="zops/synthetic-tiny",
@@ -65,6 +71,7 @@ SYNTHETIC_FULL = Model(
     text="random weights in Z-Image-Turbo's shapes and dtypes, 32.8 GB, to accept a host before the weights arrive",
     defaults=CallDefaults(forwards=8, guidance_scale=0.0, size=1024),
     patterns=RUNTIME_PATTERNS,
+    resident_bytes=Z_IMAGE_RESIDENT_BYTES,
 )
 MODELS = {model.id: model for model in (Z_IMAGE_TURBO, SYNTHETIC_TINY, SYNTHETIC_FULL)}
 
