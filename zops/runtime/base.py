@@ -24,6 +24,12 @@ LABEL = "io.zops"
 the first of them is ever touched."""
 
 
+def address(spec: Spec) -> str:
+    """Return the URL at which this host reaches the instance of a specification."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(spec.serve.host, spec.serve.host)  # noqa: S104 - compared, not bound
+    return f"http://{f'[{host}]' if ':' in host else host}:{spec.serve.port}"
+
+
 @dataclass(frozen=True, slots=True)
 class Deployment:
     """What is to run: the specification plus the very snapshot that it resolved to."""
@@ -42,9 +48,7 @@ class Deployment:
     @property
     def url(self) -> str:
         """Address of the instance as this host reaches it."""
-        host = self.spec.serve.host
-        reachable = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 - compared, not bound
-        return f"http://{reachable}:{self.spec.serve.port}"
+        return address(self.spec)
 
     @property
     def stop_timeout_s(self) -> int:
@@ -192,7 +196,7 @@ class Runtime(Protocol):
         """Return the instance of a deployment, None when there is none."""
         ...
 
-    def has_image(self, deployment: Deployment) -> bool:
+    def has_image(self, spec: Spec) -> bool:
         """Tell whether the image is there (always, for a runtime without images)."""
         ...
 
@@ -200,7 +204,7 @@ class Runtime(Protocol):
         """Yield the instance's log lines without their line ends."""
         ...
 
-    def obtain_image(self, deployment: Deployment, report: Report) -> None:
+    def obtain_image(self, spec: Spec, report: Report) -> None:
         """Build or pull the image."""
         ...
 
@@ -212,8 +216,11 @@ class Runtime(Protocol):
         """
         ...
 
-    def down(self, name: str, report: Report) -> bool:
-        """Stop and remove the instance, letting it finish its requests; return whether there was one."""
+    def down(self, name: str, report: Report, *, volumes: bool = False) -> bool:
+        """Stop and remove the instance, letting it finish its requests; return whether there was one.
+
+        What it compiled is kept for the next one, unless `volumes` says to remove that too.
+        """
         ...
 
 

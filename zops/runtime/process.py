@@ -1,0 +1,355 @@
+"""Instances as supervised processes of this host: the same entrypoint as in a container, without an engine.
+
+Everything that is known of one lies in a directory, so that it survives the command that started it. What it is given
+of the caller's environment is listed here: keys and tokens of the operator are not.
+"""
+
+import os
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from zops import __version__
+from zops.cache.lock import hold
+from zops.errors import HostShort, ZopsError
+from zops.events import Finished, Report, Started, Warned, task
+from zops.host.gpu import read_gpus
+from zops.host.paths import state_dir
+from zops.host.ports import find_listener, why_not_bindable
+from zops.runtime.base import Deployment, Instance, State, drift, serve_environment
+from zops.runtime.logfile import read_lines
+from zops.runtime.supervisor import SETTLE_S, Identity, read_identity, read_json, read_status, write_file
+from zops.spec import Spec
+
+SERVE_ARGV = (sys.executable, "-m", "zops", "serve")
+LOCK_TIMEOUT_S = 10.0
+# Starting a Python interpreter from a cold disk takes seconds.
+START_TIMEOUT_S = 30.0
+
+_KEPT = frozenset({
+    "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
+})  # fmt: skip
+_KEPT_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "TORCH_", "PYTORCH_")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """The directory of one instance, and what lies in it."""
+
+    path: Path
+
+    @property
+    def record(self) -> dict[str, Any] | None:
+        return read_json(self.path / "instance.json")
+
+    @property
+    def supervisor(self) -> Identity | None:
+        """The supervisor, None when it does not live."""
+        identity = read_identity(self.path / "pid")
+        return identity if identity and identity.alive else None
+
+
+class ProcessRuntime:
+    """Instances as processes.
+
+    Args:
+        spec: the specification; nothing of it is needed to find instances.
+        argv: what is run as an instance; `zops serve` with this very interpreter by default.
+    """
+
+    WRITES = frozenset({"up", "down", "obtain_image"})
+
+    def __init__(self, spec: Spec | None = None, *, argv: Sequence[str] = SERVE_ARGV) -> None:
+        del spec  # taken so that every runtime is made in the same way
+        self._argv = tuple(argv)
+        self._state = state_dir()
+
+    # --- reads
+
+    def check(self) -> str:
+        """Return the version of zops and the directory that knows the instances."""
+        return f"zops {__version__} in {self._state}"
+
+    def instances(self) -> list[Instance]:
+        """Return every instance that this user's state directory knows, stopped ones included."""
+        found = (self.find(path.parent.name) for path in sorted(self._state.glob("instances/*/instance.json")))
+        return [instance for instance in found if instance]
+
+    def find(self, name: str) -> Instance | None:
+        """Return the instance of a deployment, None when there is none."""
+        place = self._place(name)
+        record = place.record
+        return None if record is None else _instance(name, place, record)
+
+    def has_image(self, spec: Spec) -> bool:
+        """Return True: a process needs no image."""
+        del spec
+        return True
+
+    def logs(self, name: str, *, follow: bool = False, tail: int | None = None) -> Iterator[str]:
+        """Yield the instance's log lines without their line ends; following ends with the instance.
+
+        Raises:
+            ZopsError: `instance-missing` when there is no such instance.
+        """
+        place = self._place(name)
+        if place.record is None:
+            raise ZopsError(f"there is no instance {name}", code="instance-missing", hint="start it with: zops up")
+        return read_lines(place.path / "log", tail=tail, going_on=lambda: follow and place.supervisor is not None)
+
+    # --- writes
+
+    def obtain_image(self, spec: Spec, report: Report) -> None:
+        """Do nothing: a process needs no image."""
+
+    def up(self, deployment: Deployment, report: Report) -> Instance:
+        """Make the deployment's process run, starting it anew if it drifted; return it. Does not wait until ready.
+
+        Raises:
+            HostShort: when the port or a GPU is missing; what ran before runs again.
+            ZopsError: `start-failed` when the process could not be started at all.
+        """
+        _require_gpus(deployment)
+        if deployment.spec.resources.memory:
+            report(Warned("resources.memory is not enforced by runtime: process"))
+        with self._locked(deployment.name, report):
+            old = self.find(deployment.name)
+            differs = old is not None and bool(drift(deployment, old))
+            if old and not differs and old.state in {"running", "restarting"}:
+                return old
+            with task(report, "up", f"{'recreate' if differs else 'start'} {deployment.name}"):
+                self._start(deployment, old, report)
+        started = self.find(deployment.name)
+        assert started, "it was just started under a lock"
+        return started
+
+    def down(self, name: str, report: Report, *, volumes: bool = False) -> bool:
+        """Stop and remove the process, letting it finish its requests; return whether there was one."""
+        place = self._place(name)
+        there = place.path.exists()
+        if there:
+            with self._locked(name, report):
+                began = time.monotonic()
+                report(Started("down", f"stop {name}"))
+                _stop(place)
+                shutil.rmtree(place.path)
+                report(Finished("down", f"stopped and removed {name}", time.monotonic() - began))
+        if volumes:
+            shutil.rmtree(self._compile_dir(name), ignore_errors=True)
+        return there
+
+    # --- how
+
+    def _place(self, name: str) -> _Place:
+        return _Place(self._state / "instances" / name)
+
+    def _compile_dir(self, name: str) -> Path:
+        return self._state / "compile" / name
+
+    @contextmanager
+    def _locked(self, name: str, report: Report) -> Iterator[None]:
+        directory = self._place(name).path.parent
+        try:
+            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+        except OSError as error:
+            raise HostShort(
+                f"cannot write in {error.filename}: {error.strerror}",
+                code="state-not-writable",
+                hint="name a directory for state that this user may write in ZOPS_STATE_DIR",
+            ) from error
+        with hold(directory / f".{name}.lock", report, timeout_s=LOCK_TIMEOUT_S):
+            yield
+
+    def _start(self, deployment: Deployment, old: Instance | None, report: Report) -> None:
+        place = self._place(deployment.name)
+        former = place.record
+        if old is None or old.url != deployment.url:
+            _require_port(deployment)  # before anything that runs is stopped
+        if former:
+            _stop(place)
+        try:
+            _require_port(deployment)
+            self._launch(place, self._record(deployment, place))
+        except BaseException:
+            if former and old and old.running:
+                report(Warned(f"starting the previous {deployment.name} again"))
+                self._launch(place, former)
+            elif not former:
+                shutil.rmtree(place.path, ignore_errors=True)
+            raise
+
+    def _record(self, deployment: Deployment, place: _Place) -> dict[str, Any]:
+        resources = deployment.spec.resources
+        return {
+            "name": deployment.name,
+            "model": deployment.spec.model,
+            "revision": deployment.revision,
+            "manifest": deployment.manifest_digest,
+            "snapshot": str(deployment.snapshot),
+            "spec": deployment.spec_digest,
+            "traits": deployment.traits(),
+            "url": deployment.url,
+            "argv": list(self._argv),
+            "environment": self._environment(deployment, place),
+            "grace_s": deployment.stop_timeout_s,
+            "log_bytes": int(resources.log_bytes),
+            "log_files": resources.log_files,
+        }
+
+    def _environment(self, deployment: Deployment, place: _Place) -> dict[str, str]:
+        spec = deployment.spec
+        environment = _inherited(os.environ) | serve_environment(
+            deployment,
+            snapshot=str(deployment.snapshot),
+            cache_dir=str(spec.cache.dir),
+            host=spec.serve.host,
+            port=spec.serve.port,
+        )
+        compiled = self._compile_dir(deployment.name)
+        environment |= {
+            # An empty specification: what the instance is, these variables say, and no file of the host beside them.
+            "ZOPS_FILE": str(place.path / "zops.yaml"),
+            "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
+            "TRITON_CACHE_DIR": str(compiled / "triton"),
+        }
+        if spec.gpus == "none":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        elif spec.gpus != "all":
+            # The numbers are those of nvidia-smi, which counts in the order of the bus; CUDA's own order is by speed.
+            environment |= {
+                "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+                "CUDA_VISIBLE_DEVICES": ",".join(map(str, spec.gpus)),
+            }
+        return environment
+
+    def _launch(self, place: _Place, record: dict[str, Any]) -> None:
+        """Start a supervisor and wait until it has started its child."""
+        place.path.mkdir(mode=0o700, exist_ok=True)
+        (place.path / "status.json").unlink(missing_ok=True)
+        (place.path / "zops.yaml").write_text("# Set by the environment of the instance.\n", encoding="utf-8")
+        write_file(place.path / "instance.json", record)
+        reading, writing = os.pipe()
+        with os.fdopen(reading, encoding="utf-8") as answer, (place.path / "log").open("ab") as log:
+            try:
+                subprocess.run(
+                    [sys.executable, "-m", "zops.runtime.supervisor", str(place.path), "--ready-fd", str(writing)],
+                    env=_inherited(os.environ),
+                    cwd=place.path,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log,
+                    stderr=log,
+                    pass_fds=(writing,),
+                    check=False,
+                )
+            finally:
+                os.close(writing)
+            said = answer.read() if select.select([answer], [], [], START_TIMEOUT_S)[0] else "no answer in time"
+        if said != "started":
+            _stop(place)
+            last = list(read_lines(place.path / "log", tail=1))
+            raise ZopsError(
+                f"{record['name']} could not be started: {said or ''.join(last) or 'its supervisor ended'}",
+                code="start-failed",
+            )
+
+
+def _instance(name: str, place: _Place, record: Mapping[str, Any]) -> Instance:
+    supervisor = place.supervisor
+    status = read_status(place.path)
+    state: State = "exited"
+    if supervisor:
+        state = "running" if status.child and status.child.alive else "restarting"
+    traits = record.get("traits")
+    return Instance(
+        name=name,
+        id=str(supervisor.pid) if supervisor else "",
+        runtime="process",
+        state=state,
+        url=str(record.get("url", "")),
+        model=str(record.get("model", "")),
+        snapshot=str(record.get("snapshot", "")),
+        manifest_digest=str(record.get("manifest", "")),
+        spec_digest=str(record.get("spec", "")),
+        started_at=status.started_at,
+        exit_code=status.exit_code,
+        restarts=status.restarts,
+        traits=dict(traits) if isinstance(traits, dict) else {},
+    )
+
+
+def _stop(place: _Place) -> None:
+    """End supervisor and child; a child whose supervisor was killed is ended as well."""
+    grace_s = float((place.record or {}).get("grace_s", 0))
+    supervisor, child = place.supervisor, read_status(place.path).child
+    if supervisor:
+        _end(supervisor, grace_s + 2 * SETTLE_S)
+    if child and child.alive:
+        _end(child, grace_s)
+        with suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+
+
+def _end(identity: Identity, grace_s: float) -> None:
+    """End a process and return when it has ended; the descriptor keeps its number from being another's meanwhile."""
+    try:
+        descriptor = os.pidfd_open(identity.pid)
+    except ProcessLookupError:
+        return
+    try:
+        for order, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, SETTLE_S)):
+            if not identity.alive:
+                return
+            signal.pidfd_send_signal(descriptor, order)
+            select.select([descriptor], [], [], wait_s)
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(descriptor)
+
+
+def _inherited(environ: Mapping[str, str]) -> dict[str, str]:
+    return {name: text for name, text in environ.items() if name in _KEPT or name.startswith(_KEPT_PREFIXES)}
+
+
+def _require_port(deployment: Deployment) -> None:
+    serve = deployment.spec.serve
+    reason = why_not_bindable(serve.host, serve.port)
+    if not reason:
+        return
+    if reason == "in use":
+        raise HostShort(
+            f"port {serve.port} on {serve.host} is already taken by {find_listener(serve.port) or 'another process'}",
+            code="port-taken",
+            hint="stop what holds it, or choose another: --port",
+        )
+    raise HostShort(
+        f"port {serve.port} on {serve.host} cannot be used: {reason}",
+        code="port-unusable",
+        hint="choose another: --port, or set serve.host",
+    )
+
+
+def _require_gpus(deployment: Deployment) -> None:
+    wanted = deployment.spec.gpus
+    if wanted == "none":
+        return
+    facts = read_gpus()
+    known = {gpu.index for gpu in facts.gpus} | {gpu.uuid for gpu in facts.gpus}
+    # Parts of a partitioned GPU are not listed among GPUs; CUDA judges them.
+    missing = [] if wanted == "all" else [gpu for gpu in wanted if gpu not in known and not str(gpu).startswith("MIG-")]
+    if missing or not facts.gpus:
+        what = f"GPU {', '.join(map(str, missing))}" if missing else "a GPU"
+        has = len(facts.gpus) or "none"
+        raise HostShort(
+            f"{what} is wanted, but this host has {has}{f': {facts.reason}' if facts.reason else ''}",
+            code="gpu-missing",
+            hint="choose with --gpus; without a GPU: --gpus none",
+        )
