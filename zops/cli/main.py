@@ -10,7 +10,7 @@ import click
 
 from zops import __version__
 from zops.cli.output import Output
-from zops.errors import ZopsError
+from zops.errors import UsageError, ZopsError
 
 INTERRUPTED = 130
 
@@ -82,37 +82,37 @@ def run(argv: list[str]) -> int:
         # standalone_mode=False: click then returns or raises instead of printing and exiting by itself.
         result: Any = cli.main(args=argv, prog_name="zops", standalone_mode=False)
         sys.stdout.flush()
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as done:
-        return done.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show()
-        return error.exit_code
-    except click.ClickException as error:
-        context = getattr(error, "ctx", None)
-        hint = f"see: {context.command_path} --help" if context else ""
-        out.error(ZopsErrorView("usage", error.format_message(), hint, error.exit_code))
-        return error.exit_code
-    except ZopsError as error:
-        out.error(error)
-        if os.environ.get("ZOPS_DEBUG"):
+        status = result if isinstance(result, int) else 0
+    except (ZopsError, click.ClickException, click.exceptions.Exit) as error:
+        if os.environ.get("ZOPS_DEBUG") and isinstance(error, ZopsError):
             raise
-        return error.exit_status
+        status = _render(error, out)
     except (KeyboardInterrupt, click.Abort):
         out.note("interrupted; what was finished stays, run the same command to go on")
-        return INTERRUPTED
+        status = INTERRUPTED
     except BrokenPipeError:
         # The reader (head, less) went away; Python would complain again while it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        status = 1
+    return status
 
 
-class ZopsErrorView(ZopsError):
-    """A usage error found by click, in the shape of our own."""
-
-    def __init__(self, code: str, message: str, hint: str, exit_status: int) -> None:
-        super().__init__(message.rstrip("."), code=code, hint=hint)
-        self.__dict__["exit_status"] = exit_status
+def _render(error: ZopsError | click.ClickException | click.exceptions.Exit, out: Output) -> int:
+    """Say what went wrong, once, and return the exit status."""
+    match error:
+        case ZopsError():
+            out.error(error)
+            return error.exit_status
+        case click.exceptions.NoArgsIsHelpError():
+            error.show()
+            return error.exit_code
+        case click.ClickException():
+            context = getattr(error, "ctx", None)
+            hint = f"see: {context.command_path} --help" if context else ""
+            out.error(UsageError(error.format_message().rstrip("."), hint=hint))
+            return error.exit_code
+        case click.exceptions.Exit():
+            return error.exit_code
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

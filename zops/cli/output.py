@@ -4,6 +4,7 @@
 one JSON document on stdout and events and errors as JSON lines on stderr. Resolved once, before a command runs.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -57,7 +58,7 @@ class Output:
     @classmethod
     def early(cls, argv: Sequence[str], environ: Mapping[str, str]) -> Self:
         """Pick the mode for errors that come before any command has parsed its options."""
-        asked = next((b for a, b in zip(argv, argv[1:], strict=False) if a == "--output"), None)
+        asked = next((b for a, b in itertools.pairwise(argv) if a == "--output"), None)
         asked = next((a.partition("=")[2] for a in argv if a.startswith("--output=")), asked)
         if asked not in MODES:
             asked = environ.get("ZOPS_OUTPUT") if environ.get("ZOPS_OUTPUT") in MODES else None
@@ -87,6 +88,11 @@ class Output:
             self.note(empty or "nothing to list")
         else:
             self.data(None, format_table(columns, rows))
+
+    def line(self, text: str) -> None:
+        """Write one line of a stream whose end is not known; a JSON document a line for programs."""
+        self.stdout.write((json.dumps({"line": text}, ensure_ascii=False) if self.mode == "json" else text) + "\n")
+        self.stdout.flush()
 
     # --- everything else, on stderr
 

@@ -1,0 +1,111 @@
+"""Data goes to stdout, all else to stderr, in the form that was asked for."""
+
+import io
+import json
+
+import pytest
+
+from zops.cli.output import Output, duration, format_table, size
+from zops.errors import HostShort, UsageError
+from zops.events import Finished, Progressed, Started, Warned, silent, task
+
+
+def sink(mode: str) -> tuple[Output, io.StringIO, io.StringIO]:
+    stdout, stderr = io.StringIO(), io.StringIO()
+    return Output(mode, stdout=stdout, stderr=stderr), stdout, stderr  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("mode", "stdout", "stderr"),
+    [
+        ("plain", "hello\n", "a note\nwarning: careful\n"),
+        ("json", '{\n "greeting": "hello"\n}\n', '{"note": "a note"}\n{"warning": "careful"}\n'),
+    ],
+)
+def test_data_must_go_to_stdout_and_the_rest_to_stderr(mode: str, stdout: str, stderr: str) -> None:
+    out, data, rest = sink(mode)
+    out.data({"greeting": "hello"}, "hello")
+    out.note("a note")
+    out.warn("careful")
+    assert (data.getvalue(), rest.getvalue()) == (stdout, stderr)
+
+
+def test_an_error_must_be_one_line_what_and_one_line_what_to_do() -> None:
+    out, data, rest = sink("plain")
+    out.error(HostShort("port 8000 is taken", hint="free it"))
+    assert (data.getvalue(), rest.getvalue()) == ("", "error: port 8000 is taken\n  fix: free it\n")
+
+
+def test_an_error_in_json_must_carry_code_status_hint_and_details() -> None:
+    out, data, rest = sink("json")
+    out.error(HostShort("port 8000 is taken", code="port-taken", hint="free it", port=8000))
+    assert data.getvalue() == ""
+    assert json.loads(rest.getvalue()) == {
+        "error": {
+            "code": "port-taken",
+            "message": "port 8000 is taken",
+            "exit_status": 6,
+            "hint": "free it",
+            "details": {"port": 8000},
+        }
+    }
+
+
+def test_an_empty_table_must_be_an_empty_list_in_json_and_a_note_for_people() -> None:
+    out, data, rest = sink("json")
+    out.table(("A",), [], [])
+    assert json.loads(data.getvalue()) == []
+    out, data, rest = sink("plain")
+    out.table(("A",), [], [], empty="no instances")
+    assert (data.getvalue(), rest.getvalue()) == ("", "no instances\n")
+
+
+def test_a_table_must_align_its_columns_and_cut_nothing() -> None:
+    text = format_table(("NAME", "STATE"), [("a-long-name", "ok"), ("b", "failed")])
+    assert text == "NAME         STATE\na-long-name  ok\nb            failed"
+
+
+def test_progress_in_plain_mode_must_be_a_line_at_the_end_of_each_task() -> None:
+    out, data, rest = sink("plain")
+    with out.progress() as report:
+        report(Started("pull", "pulling", 100))
+        report(Progressed("pull", 50, 100))
+        report(Warned("slow"))
+        report(Finished("pull", "pulled", 2.5))
+    assert data.getvalue() == ""
+    assert rest.getvalue() == "warning: slow\npulled (2.50 s)\n"
+
+
+def test_progress_in_json_mode_must_be_one_object_a_line() -> None:
+    out, _, rest = sink("json")
+    with out.progress() as report, task(report, "pull", "pulling", total=10) as running:
+        running.advance(10)
+    lines = [json.loads(line) for line in rest.getvalue().splitlines()]
+    assert [line["event"] for line in lines] == ["started", "progressed", "finished"]
+    assert lines[1] == {"event": "progressed", "task": "pull", "done": 10, "total": 10}
+
+
+def test_a_task_that_raises_must_not_be_reported_as_finished() -> None:
+    seen: list[object] = []
+    with pytest.raises(UsageError), task(seen.append, "pull", "pulling"):
+        raise UsageError("no")
+    assert [type(event) for event in seen] == [Started]
+    silent(Warned("dropped"))
+
+
+@pytest.mark.parametrize(
+    ("asked", "environ", "mode"),
+    [("json", {}, "json"), (None, {"ZOPS_OUTPUT": "json"}, "json"), ("plain", {"ZOPS_OUTPUT": "json"}, "plain")],
+)
+def test_the_mode_must_come_from_the_flag_then_the_environment(asked, environ, mode) -> None:
+    assert Output.resolve(asked, environ).mode == mode
+
+
+def test_a_wrong_mode_in_the_environment_must_be_refused() -> None:
+    with pytest.raises(UsageError, match="ZOPS_OUTPUT is 'xml'"):
+        Output.resolve(None, {"ZOPS_OUTPUT": "xml"})
+
+
+def test_sizes_and_durations_must_read_well() -> None:
+    assert [size(n) for n in (0, 999, 1500, 32_848_305_533)] == ["0 B", "999 B", "1.50 kB", "32.85 GB"]
+    assert [duration(s) for s in (0.314, 12.34, 185)] == ["0.31 s", "12.3 s", "3 min 05 s"]

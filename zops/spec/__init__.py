@@ -1,0 +1,36 @@
+"""zops.yaml as typed, frozen, validated objects: the one input of everything. Nothing here looks at the host."""
+
+from zops.spec.load import RESERVED_VARIABLES, Loaded, Origin, find_file, load, parse_scalar
+from zops.spec.model import (
+    Backup,
+    Cache,
+    Image,
+    Resources,
+    Serve,
+    Source,
+    Spec,
+    fields,
+    type_name,
+    value_at,
+    variable,
+)
+
+__all__ = [
+    "RESERVED_VARIABLES",
+    "Backup",
+    "Cache",
+    "Image",
+    "Loaded",
+    "Origin",
+    "Resources",
+    "Serve",
+    "Source",
+    "Spec",
+    "fields",
+    "find_file",
+    "load",
+    "parse_scalar",
+    "type_name",
+    "value_at",
+    "variable",
+]

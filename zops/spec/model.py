@@ -1,0 +1,195 @@
+"""The keys of zops.yaml: their types, limits, defaults and the combinations that are possible."""
+
+import re
+import types
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+
+from zops import __version__
+
+ENV_PREFIX = "ZOPS_"
+
+GIB = 1 << 30
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Source(_Section):
+    """Where the weights come from when the cache does not have them."""
+
+    kind: Literal["modelscope", "huggingface", "directory", "archive"] = "modelscope"
+    revision: str | None = Field(None, description="branch, tag or commit; the catalog's pinned commit when empty")
+    endpoint: str | None = Field(None, description="a mirror of the hub, as http(s)://host[:port]")
+    path: str | None = Field(None, description="the directory or the archive (a file or s3://bucket/key)")
+
+    @model_validator(mode="after")
+    def _fits_its_kind(self) -> "Source":
+        hub = self.kind in {"modelscope", "huggingface"}
+        if hub and self.path:
+            raise ValueError(f"path is for kind: directory or archive, not for {self.kind}; remove it or change kind")
+        if not hub and not self.path:
+            raise ValueError(f"kind: {self.kind} needs path; add the {self.kind} to read from")
+        if not hub and self.endpoint:
+            raise ValueError(f"endpoint is for kind: modelscope or huggingface, not for {self.kind}; remove it")
+        if self.endpoint and not self.endpoint.startswith(("http://", "https://")):
+            raise ValueError("endpoint must start with http:// or https://")
+        return self
+
+
+class Cache(_Section):
+    """Where snapshots live on this host: a directory on a local SSD."""
+
+    dir: Path = Field(Path("~/.cache/zops"), description="root of the cache, mounted read-only into instances")
+
+    @field_validator("dir")
+    @classmethod
+    def _home(cls, value: Path) -> Path:
+        return value.expanduser()
+
+
+class Image(_Section):
+    """The container image, and how to build it where it is missing."""
+
+    name: str = Field(f"zops-inference:{__version__}", description="name[:tag] or name@sha256:digest")
+    build: bool = Field(default=True, description="build the image when the engine does not have it (else: pull)")
+    base: str = Field("debian:bookworm-slim", description="base image of the build")
+    torch_index: str | None = Field(None, description="package index for torch, for example one of CPU builds")
+    wheels: Path | None = Field(None, description="directory of wheels that the build prefers to the index")
+    ca: Path | None = Field(None, description="CA bundle handed to the build as a secret (company proxies)")
+
+
+class Serve(_Section):
+    """How an instance serves."""
+
+    host: str = Field("127.0.0.1", description="address on which the port is published")
+    port: int = Field(8000, ge=1, le=65535)
+    dtype: Literal["auto", "bfloat16", "float32"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    forwards: int | None = Field(None, ge=1, le=200, description="forwards an image; the catalog's number when empty")
+    guidance_scale: float | None = Field(
+        None, ge=0, le=20, description="the catalog's number when empty; > 0 costs double"
+    )
+    max_pixels: int = Field(2048 * 2048, ge=256, description="width x height of the largest image that is accepted")
+    max_images: int = Field(4, ge=1, le=10, description="largest n of one request")
+    max_queue: int = Field(16, ge=1, le=4096, description="requests that may wait before new ones get 429")
+    warmup_size: int = Field(512, ge=16, le=4096, multiple_of=16, description="edge of the warm-up and canary image")
+    request_timeout_s: float = Field(120, gt=0, le=3600, description="longest that one request may take")
+    startup_timeout_s: float = Field(900, gt=0, le=7200, description="longest wait for an instance to become ready")
+
+    @field_validator("dtype", mode="before")
+    @classmethod
+    def _no_float16(cls, value: object) -> object:
+        if value in {"float16", "fp16", "half"}:
+            raise ValueError("float16 overflows in this model and gives black images; use bfloat16 or auto")
+        return {"bf16": "bfloat16", "fp32": "float32"}.get(value, value) if isinstance(value, str) else value
+
+
+class Resources(_Section):
+    """What the engine grants an instance."""
+
+    memory: ByteSize | None = Field(None, description="memory limit, for example 48GiB; none when empty")
+    shm: ByteSize = Field(ByteSize(GIB), description="size of /dev/shm")
+    log_bytes: ByteSize = Field(ByteSize(20_000_000), description="size at which a log file is rotated")
+    log_files: int = Field(5, ge=1, le=100, description="rotated log files that are kept")
+
+
+class Backup(_Section):
+    """Where `zops cache backup` puts archives and `zops provision` looks for one."""
+
+    to: str | None = Field(None, description="a directory, or s3://bucket/prefix")
+    compression: Literal["zstd", "none"] = Field("zstd", description="none: a plain tar, larger and faster")
+
+
+_GPU_NAME = re.compile(r"^(GPU|MIG)-[0-9A-Za-z-]+$")
+Gpus = Literal["all", "none"] | tuple[Annotated[int | str, Field(union_mode="left_to_right")], ...]
+
+
+class Spec(_Section):
+    """A deployment as the operator wants it."""
+
+    name: str = Field("zops", pattern=r"^[a-z0-9]([a-z0-9-]{0,40}[a-z0-9])?$", description="name of the deployment")
+    model: str = Field("Tongyi-MAI/Z-Image-Turbo", pattern=r"^[\w.-]+/[\w.-]+$", description="owner/name")
+    source: Source = Source()
+    cache: Cache = Cache()
+    runtime: Literal["docker", "process", "kubernetes"] = "docker"
+    engine: str = Field("local", description="local, context:NAME, unix:///path, tcp://host:port or ssh://user@host")
+    image: Image = Image()
+    gpus: Gpus = Field("all", description="all, none, or a list of indices or GPU-... names")
+    serve: Serve = Serve()
+    resources: Resources = Resources()
+    backup: Backup = Backup()
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_form(cls, value: str) -> str:
+        if value != "local" and not re.match(r"^(context:[\w.-]+|(unix|ssh|tcp)://.+)$", value):
+            raise ValueError("must be local, context:NAME, unix:///path, tcp://host:port or ssh://user@host")
+        return value
+
+    @field_validator("gpus", mode="before")
+    @classmethod
+    def _gpu_list(cls, value: object) -> object:
+        if value in ("all", "none"):
+            return value
+        items = list(value) if isinstance(value, list | tuple) else [value]
+        if not items:
+            raise ValueError("an empty list; write none for a CPU-only instance")
+        for item in items:
+            fits = (isinstance(item, int) and not isinstance(item, bool) and item >= 0) or (
+                isinstance(item, str) and _GPU_NAME.match(item)
+            )
+            if not fits:
+                raise ValueError(f"{item!r} is no GPU; write all, none, or a list such as [0, 1] or [GPU-8f6e...]")
+        if len(set(items)) != len(items):
+            raise ValueError("names a GPU twice")
+        return tuple(items)
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Spec":
+        if self.runtime != "docker" and self.engine != "local":
+            raise ValueError(f"engine: {self.engine} is for runtime: docker, not for {self.runtime}; remove it")
+        if self.serve.warmup_size**2 > self.serve.max_pixels:
+            raise ValueError("serve.warmup_size squared is more than serve.max_pixels; lower it or raise the limit")
+        return self
+
+
+def fields(section: type[BaseModel] = Spec, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the dotted path and the pydantic field of every value that can be set."""
+    for name, field in section.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, _Section):
+            yield from fields(field.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", field
+
+
+def variable(path: str) -> str:
+    """Return the environment variable that sets the value at a dotted path."""
+    return ENV_PREFIX + path.upper().replace(".", "_")
+
+
+def value_at(spec: Spec, path: str) -> Any:
+    """Return the value at a dotted path."""
+    value: Any = spec
+    for part in path.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def type_name(annotation: object) -> str:
+    """Describe a field's type in the words of the configuration reference."""
+    if annotation is Gpus:
+        return "all | none | list"
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(value) for value in typing.get_args(annotation))
+    if origin in {typing.Union, types.UnionType}:
+        return " | ".join(type_name(a) for a in typing.get_args(annotation) if a is not type(None))
+    names: dict[object, str] = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
+    return names.get(annotation, "size" if annotation is ByteSize else str(annotation))
