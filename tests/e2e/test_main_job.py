@@ -177,7 +177,7 @@ def test_a_bare_host_must_become_a_serving_one_survive_a_crash_and_the_loss_of_i
 
     # Back up, lose the cache, restore, verify.
     backup = host.json("cache", "backup")
-    assert Path(backup["location"]).is_file()
+    assert Path(backup["archive"]).is_file()
     shutil.rmtree(host.cache)
     host.run("cache", "verify", status=3)
     host.run("cache", "restore")

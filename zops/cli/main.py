@@ -109,7 +109,8 @@ def _render(error: ZopsError | click.ClickException | click.exceptions.Exit, out
         case click.ClickException():
             context = getattr(error, "ctx", None)
             hint = f"see: {context.command_path} --help" if context else ""
-            out.error(UsageError(error.format_message().rstrip("."), hint=hint))
+            # Click lists choices over several lines; ours are one.
+            out.error(UsageError(" ".join(error.format_message().split()).rstrip("."), hint=hint))
             return error.exit_code
         case click.exceptions.Exit():
             return error.exit_code

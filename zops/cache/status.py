@@ -1,0 +1,98 @@
+"""What a cache holds and in which state it is, told by stat and headers alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from zops.cache.incoming import is_unfinished
+from zops.cache.layout import INDEX, Snapshot, find
+from zops.cache.manifest import Manifest, quick_check, read_manifest, read_marker
+from zops.cache.safetensors import read_header
+from zops.cache.source import walk
+from zops.cache.warm import Residency, residency
+from zops.errors import SnapshotDamaged
+
+State = Literal["verified", "unverified", "incomplete", "damaged"]
+
+
+@dataclass(frozen=True, slots=True)
+class SnapshotStatus:
+    """A snapshot and what is known of it. `verified_at` is in seconds since the epoch, None when it never was."""
+
+    snapshot: Snapshot
+    state: State
+    size_bytes: int
+    files: int
+    dtypes: dict[str, tuple[str, ...]]
+    """Component -> the types of its weights, as safetensors names them."""
+    residency: Residency
+    verified_at: float | None
+    origin: str
+
+    def as_json(self) -> dict[str, Any]:
+        """Return the JSON object documented in docs/reference/json.md."""
+        return {
+            "model": self.snapshot.model,
+            "revision": self.snapshot.revision,
+            "layout": self.snapshot.layout,
+            "path": str(self.snapshot.path),
+            "state": self.state,
+            "size_bytes": self.size_bytes,
+            "files": self.files,
+            "dtypes": {component: list(dtypes) for component, dtypes in self.dtypes.items()},
+            "resident_bytes": self.residency.resident,
+            "resident_share": round(self.residency.share, 4),
+            "verified_at": self.verified_at,
+            "origin": self.origin,
+        }
+
+
+def status(cache_dir: Path, model: str | None = None) -> list[SnapshotStatus]:
+    """Return the state of every snapshot in a cache, or of those of one model; reads no weights."""
+    return [_status_of(snapshot) for snapshot in find(cache_dir, model)]
+
+
+def _status_of(snapshot: Snapshot) -> SnapshotStatus:
+    path = snapshot.path
+    state, manifest, verified_at = _state_of(path)
+    names = [name for name in walk(path) if (path / name).is_file()]
+    return SnapshotStatus(
+        snapshot=snapshot,
+        state=state,
+        size_bytes=sum((path / name).stat().st_size for name in names),
+        files=len(names),
+        dtypes=_dtypes(path, names),
+        # A manifest that cannot be read makes the snapshot damaged, and then nobody loads it.
+        residency=residency(path) if manifest or state != "damaged" else Residency(0, 0),
+        verified_at=verified_at,
+        origin=manifest.origin if manifest else "",
+    )
+
+
+def _state_of(path: Path) -> tuple[State, Manifest | None, float | None]:
+    try:
+        manifest = read_manifest(path)
+    except SnapshotDamaged:
+        return "damaged", None, None
+    if manifest is None:
+        unfinished = is_unfinished(path) or not (path / INDEX).is_file()
+        return ("incomplete" if unfinished else "unverified"), None, None
+    marker = read_marker(path)
+    if marker and marker.manifest_digest != manifest.digest:
+        marker = None
+    statuses = {finding.status for finding in quick_check(path, manifest, marker)}
+    verified_at = marker.verified_at if marker else None
+    if statuses & {"missing", "wrong-size"} or (marker and "changed" in statuses):
+        return "damaged", manifest, verified_at
+    return ("verified" if marker else "unverified"), manifest, verified_at
+
+
+def _dtypes(path: Path, names: list[str]) -> dict[str, tuple[str, ...]]:
+    found: dict[str, set[str]] = {}
+    for name in names:
+        if name.endswith(".safetensors"):
+            try:
+                found.setdefault(name.partition("/")[0], set()).update(read_header(path / name).dtypes)
+            except (SnapshotDamaged, OSError):
+                continue
+    return {component: tuple(sorted(dtypes)) for component, dtypes in sorted(found.items())}

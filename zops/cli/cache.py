@@ -1,0 +1,216 @@
+"""`zops cache`: what lies in the cache, whether it is right, and how it gets there."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from zops.cli.archive import backup, restore
+from zops.cli.options import Loaded, with_spec
+from zops.cli.output import Output, duration, size
+
+if TYPE_CHECKING:
+    from zops.cache.status import SnapshotStatus
+    from zops.cache.verify import Verification
+
+SNAPSHOT = click.argument("snapshot", required=False, type=click.Path(path_type=Path))
+
+
+@click.group()
+def cache() -> None:
+    """Pull, verify, warm, back up and restore snapshots."""
+
+
+@cache.command()
+@with_spec
+def pull(*, loaded: Loaded, out: Output) -> None:
+    """Bring the model from its source into the cache, complete and verified.
+
+    Goes on where an earlier run stopped, fetches only what is missing, and calls the snapshot good only after the
+    SHA-256 of every file was compared.
+
+    \b
+    Examples:
+      zops cache pull
+      zops cache pull --model Tongyi-MAI/Z-Image-Turbo --cache-dir /data/cache
+      zops cache pull --set source.kind=huggingface
+    """
+    from zops.cache.pull import pull as pull_snapshot  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    with out.progress() as report:
+        result = pull_snapshot(loaded.spec, report)
+    body = {
+        "path": str(result.snapshot.path),
+        "model": result.manifest.model,
+        "revision": result.manifest.revision,
+        "origin": result.manifest.origin,
+        "digest": result.manifest.digest,
+        "fetched": list(result.fetched),
+        "found": list(result.found),
+        "fetched_bytes": result.bytes,
+        "changed": result.changed,
+    }
+    fetched = f"{len(result.fetched)} fetched ({size(result.bytes)}), {len(result.found)} found"
+    out.data(body, f"{result.snapshot.path}\nverified: {len(result.manifest.files)} files; {fetched}")
+
+
+@cache.command()
+@SNAPSHOT
+@click.option("--deep", is_flag=True, help="Compare the SHA-256 of every file, not only size, time and inode.")
+@click.option("--repair", is_flag=True, help="Fetch the bad files from the source; needs --deep.")
+@with_spec
+def verify(*, snapshot: Path | None, deep: bool, repair: bool, loaded: Loaded, out: Output) -> None:
+    """Compare a snapshot with its manifest, without a network.
+
+    SNAPSHOT is a directory; without it the best snapshot of the model in the cache is taken. Exit status 3 when there
+    is nothing to compare or nobody ever hashed it, 4 when a file is not what it must be.
+
+    \b
+    Examples:
+      zops cache verify
+      zops cache verify --deep
+      zops cache verify --deep --repair
+    """
+    from zops.cache.repair import repair as mend  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.verify import verify as compare  # noqa: PLC0415
+
+    if repair and not deep:
+        raise click.UsageError("--repair needs --deep: what is bad is known only after everything was hashed")
+    path = _chosen(snapshot, loaded)
+    with out.progress() as report:
+        if repair:
+            repaired = mend(path, loaded.spec.source, report)
+            result, fetched = repaired.verification, repaired.fetched
+        else:
+            result, fetched = compare(path, deep=deep, report=report), ()
+    out.data(_verification_json(result, fetched), _verification_text(result, fetched))
+    result.require()
+
+
+@cache.command()
+@SNAPSHOT
+@click.option("--revision", default="", help="Name of the revision (default: one made from the content).")
+@with_spec
+def pin(*, snapshot: Path | None, revision: str, loaded: Loaded, out: Output) -> None:
+    """Take a snapshot as it is: hash every file and write its manifest.
+
+    From then on every change is found. Files that equal the catalog's pinned ones get the catalog's manifest; for all
+    others only this disk vouches, and the manifest says so (origin: local).
+
+    \b
+    Examples:
+      zops cache pin
+      zops cache pin /data/my-model --model me/my-model
+    """
+    from zops.cache.verify import pin as take  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    path = _chosen(snapshot, loaded)
+    with out.progress() as report:
+        manifest = take(path, loaded.spec.model, revision, report)
+    body = {"path": str(path), "files": len(manifest.files), "digest": manifest.digest}
+    body |= {"model": manifest.model, "revision": manifest.revision, "origin": manifest.origin}
+    out.data(body, f"{path}\npinned: {len(manifest.files)} files, {size(manifest.size)}, origin {manifest.origin}")
+
+
+@cache.command()
+@SNAPSHOT
+@click.option("--check", is_flag=True, help="Only tell how much is in memory.")
+@with_spec
+def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> None:
+    """Bring a snapshot into the page cache, in the order in which it is loaded.
+
+    Stops before more memory is used than this host can spare.
+
+    \b
+    Examples:
+      zops cache warm
+      zops cache warm --check --output json
+    """
+    from zops.cache.warm import residency  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.warm import warm as bring_in  # noqa: PLC0415
+
+    path = _chosen(snapshot, loaded)
+    if check:
+        now = residency(path)
+        body = {"path": str(path), "resident_bytes": now.resident, "bytes": now.total, "share": round(now.share, 4)}
+        out.data(body, f"{path}\n{now.share:.0%} of {size(now.total)} in memory")
+        return
+    with out.progress() as report:
+        result = bring_in(path, report)
+    body = {
+        "path": str(path),
+        "bytes": result.after.total,
+        "resident_bytes": result.after.resident,
+        "share_before": round(result.before.share, 4),
+        "share": round(result.after.share, 4),
+        "stopped": result.stopped,
+        "seconds": round(result.seconds, 3),
+    }
+    was = f"{result.before.share:.0%} before"
+    out.data(body, f"{path}\n{result.after.share:.0%} of {size(result.after.total)} in memory ({was})")
+
+
+@cache.command()
+@click.option("--all", "every", is_flag=True, help="Every model in the cache, not only the configured one.")
+@with_spec
+def status(*, every: bool, loaded: Loaded, out: Output) -> None:
+    """List the snapshots of a cache: layout, state, size, types of the weights, share in memory.
+
+    \b
+    Examples:
+      zops cache status
+      zops cache status --all --output json
+    """
+    from zops.cache.status import status as look  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    found = look(loaded.spec.cache.dir, None if every else loaded.spec.model)
+    columns = ("MODEL", "REVISION", "LAYOUT", "STATE", "SIZE", "TYPES", "IN MEMORY", "VERIFIED", "PATH")
+    empty = f"no snapshot in {loaded.spec.cache.dir}; fetch one with: zops cache pull"
+    out.table(columns, [_status_row(each) for each in found], [each.as_json() for each in found], empty=empty)
+
+
+cache.add_command(backup)
+cache.add_command(restore)
+
+
+def _chosen(snapshot: Path | None, loaded: Loaded) -> Path:
+    from zops.cache.layout import choose  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    spec = loaded.spec
+    return snapshot.absolute() if snapshot else choose(spec.cache.dir, spec.model, spec.source.revision).path
+
+
+def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict[str, object]:
+    return {
+        "path": str(result.path),
+        "model": result.manifest.model,
+        "revision": result.manifest.revision,
+        "digest": result.manifest.digest,
+        "deep": result.deep or bool(fetched),
+        "ok": result.ok,
+        "seconds": round(result.seconds, 3),
+        "fetched": list(fetched),
+        "findings": [{"path": f.path, "status": f.status, "detail": f.detail} for f in result.findings],
+    }
+
+
+def _verification_text(result: "Verification", fetched: tuple[str, ...]) -> str:
+    lines = [str(result.path)]
+    lines += [f"{f.status:<11}{f.path}  {f.detail}".rstrip() for f in result.findings if f.status != "ok"]
+    lines += [f"fetched    {path}" for path in fetched]
+    right = sum(f.status == "ok" for f in result.findings)
+    how = "by SHA-256" if result.deep else "by size, time and inode"
+    lines.append(f"{right} of {len(result.manifest.files)} files right {how} ({duration(result.seconds)})")
+    return "\n".join(lines)
+
+
+def _status_row(each: "SnapshotStatus") -> tuple[str, ...]:
+    import time  # noqa: PLC0415 - for this column alone
+
+    verified = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.verified_at)) if each.verified_at else "never"
+    types = ", ".join(f"{component} {'/'.join(dtypes)}" for component, dtypes in each.dtypes.items())
+    snapshot = each.snapshot
+    return (
+        snapshot.model or "?", snapshot.revision[:12] or "?", snapshot.layout, each.state, size(each.size_bytes), types,
+        f"{each.residency.share:.0%}", verified, str(snapshot.path),
+    )  # fmt: skip
