@@ -102,9 +102,7 @@ def engine() -> Iterator[docker.DockerClient]:
 
 
 @pytest.fixture
-def host(
-    tmp_path: Path, tiny_model: Path, inference_image: str, engine: docker.DockerClient
-) -> Iterator[Host]:
+def host(tmp_path: Path, tiny_model: Path, inference_image: str, engine: docker.DockerClient) -> Iterator[Host]:
     root = tmp_path / "host"
     root.mkdir()
     made = Host(root, tiny_model, inference_image)

@@ -31,8 +31,10 @@ def test_backup_then_restore_must_bring_a_deleted_cache_back(host, capsys):
     before = tree(host / "cache")
     assert run(["cache", "backup"]) == 0
     made = answer(capsys)
-    assert Path(made["archive"]).stat().st_size == made["size"]
-    assert made["digests"] == [json.loads(next(host.glob("cache/**/.zops/manifest.json")).read_text())["digest"]]
+    assert Path(made["archive"]).stat().st_size == made["size_bytes"]
+    assert made["manifest_digests"] == [
+        json.loads(next(host.glob("cache/**/.zops/manifest.json")).read_text())["digest"]
+    ]
     shutil.rmtree(host / "cache")
     assert run(["cache", "restore"]) == 0
     restored = answer(capsys)

@@ -101,14 +101,14 @@ def test_provision_must_serve_then_find_everything_done_then_mend_only_what_brok
 def test_a_host_with_a_backup_must_be_restored_from_it_when_its_source_is_gone(host: Host, tmp_path: Path) -> None:
     host.run("cache", "pull")
     host.run("cache", "backup")
-    digest = host.json("cache", "status")[0]["digest"]
+    digest = host.json("cache", "status")[0]["manifest_digest"]
     subprocess.run(["rm", "-rf", str(host.root / "cache")], check=True)
     gone = tmp_path / "gone"
     plan = host.json("provision", "--dry-run", "--set", f"source.path={gone}")
     snapshot = next(step for step in plan["steps"] if step["step"] == "snapshot")
     assert str(host.root / "backup") in snapshot["text"]
     host.run("provision", "--set", f"source.path={gone}")
-    assert host.json("cache", "status")[0]["digest"] == digest
+    assert host.json("cache", "status")[0]["manifest_digest"] == digest
 
 
 def test_a_step_that_fails_must_name_itself_the_remedy_and_the_way_on(host: Host) -> None:

@@ -92,9 +92,7 @@ def test_no_page_must_link_to_a_file_that_is_not_there() -> None:
 
 
 def test_both_readmes_must_have_the_same_sections_and_the_same_code() -> None:
-    english, chinese = (
-        (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md")
-    )
+    english, chinese = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "README.zh-CN.md"))
     block = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
     assert block.findall(english) == block.findall(chinese)
     assert len(re.findall(r"^#+ ", english, re.MULTILINE)) == len(re.findall(r"^#+ ", chinese, re.MULTILINE))

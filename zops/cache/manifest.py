@@ -34,7 +34,7 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot must contain. `origin` tells whether a hub (upstream) or only this disk (local) vouches for it."""
+    """What a snapshot must contain. `origin` tells who vouches for it: a hub (upstream) or only this disk (local)."""
 
     model: str
     revision: str

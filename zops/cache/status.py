@@ -28,6 +28,8 @@ class SnapshotStatus:
     residency: Residency
     verified_at: float | None
     origin: str
+    """Who vouches for the manifest: upstream, local, or nobody (empty)."""
+    manifest_digest: str
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON object documented in docs/reference/json.md."""
@@ -41,9 +43,10 @@ class SnapshotStatus:
             "files": self.files,
             "dtypes": {component: list(dtypes) for component, dtypes in self.dtypes.items()},
             "resident_bytes": self.residency.resident,
-            "resident_share": round(self.residency.share, 4),
+            "share": round(self.residency.share, 4),
             "verified_at": self.verified_at,
             "origin": self.origin,
+            "manifest_digest": self.manifest_digest,
         }
 
 
@@ -66,6 +69,7 @@ def _status_of(snapshot: Snapshot) -> SnapshotStatus:
         residency=residency(path) if manifest or state != "damaged" else Residency(0, 0),
         verified_at=verified_at,
         origin=manifest.origin if manifest else "",
+        manifest_digest=manifest.digest if manifest else "",
     )
 
 

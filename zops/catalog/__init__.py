@@ -77,7 +77,7 @@ MODELS = {model.id: model for model in (Z_IMAGE_TURBO, SYNTHETIC_TINY, SYNTHETIC
 
 
 def lookup(model_id: str) -> Model:
-    """Return the catalog entry, or one with Z-Image-Turbo's call defaults for a model that the catalog does not know."""
+    """Return the catalog entry; a model that the catalog does not know gets the call defaults of Z-Image-Turbo."""
     known = MODELS.get(model_id)
     return known or Model(
         id=model_id, text="not in the catalog", defaults=Z_IMAGE_TURBO.defaults, patterns=RUNTIME_PATTERNS

@@ -38,12 +38,12 @@ def backup(*, loaded: Loaded, out: Output, store: str | None, compression: backu
         result = backups.backup([snapshot], target, compression=compression or spec.backup.compression, report=report)
     body = {
         "archive": result.location,
-        "size": result.size,
-        "content_size": result.content_size,
+        "size_bytes": result.size,
+        "content_bytes": result.content_size,
         "ratio": round(result.ratio, 4),
         "seconds": round(result.seconds, 3),
         "files": result.files,
-        "digests": result.digests,
+        "manifest_digests": result.digests,
     }
     share = f"{size(result.size)}, {result.ratio:.0%} of the snapshot"
     out.data(body, f"{result.location}  ({result.files} files, {share}, {duration(result.seconds)})")
@@ -111,9 +111,9 @@ def _as_json(result: restores.RestoreResult) -> dict[str, object]:
                 "model": s.model,
                 "revision": s.revision,
                 "path": str(s.path),
-                "digest": s.digest,
+                "manifest_digest": s.digest,
                 "files": s.files,
-                "size": s.size,
+                "size_bytes": s.size,
                 "changed": s.changed,
             }
             for s in result.snapshots

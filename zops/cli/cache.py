@@ -44,7 +44,7 @@ def pull(*, loaded: Loaded, out: Output) -> None:
         "model": result.manifest.model,
         "revision": result.manifest.revision,
         "origin": result.manifest.origin,
-        "digest": result.manifest.digest,
+        "manifest_digest": result.manifest.digest,
         "fetched": list(result.fetched),
         "found": list(result.found),
         "fetched_bytes": result.bytes,
@@ -107,7 +107,7 @@ def pin(*, snapshot: Path | None, revision: str, loaded: Loaded, out: Output) ->
     path = _chosen(snapshot, loaded)
     with out.progress() as report:
         manifest = take(path, loaded.spec.model, revision, report)
-    body = {"path": str(path), "files": len(manifest.files), "digest": manifest.digest}
+    body = {"path": str(path), "files": len(manifest.files), "manifest_digest": manifest.digest}
     body |= {"model": manifest.model, "revision": manifest.revision, "origin": manifest.origin}
     out.data(body, f"{path}\npinned: {len(manifest.files)} files, {size(manifest.size)}, origin {manifest.origin}")
 
@@ -132,14 +132,19 @@ def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> 
     path = _chosen(snapshot, loaded)
     if check:
         now = residency(path)
-        body = {"path": str(path), "resident_bytes": now.resident, "bytes": now.total, "share": round(now.share, 4)}
+        body = {
+            "path": str(path),
+            "resident_bytes": now.resident,
+            "size_bytes": now.total,
+            "share": round(now.share, 4),
+        }
         out.data(body, f"{path}\n{now.share:.0%} of {size(now.total)} in memory")
         return
     with out.progress() as report:
         result = bring_in(path, report)
     body = {
         "path": str(path),
-        "bytes": result.after.total,
+        "size_bytes": result.after.total,
         "resident_bytes": result.after.resident,
         "share_before": round(result.before.share, 4),
         "share": round(result.after.share, 4),
@@ -185,7 +190,7 @@ def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict
         "path": str(result.path),
         "model": result.manifest.model,
         "revision": result.manifest.revision,
-        "digest": result.manifest.digest,
+        "manifest_digest": result.manifest.digest,
         "deep": result.deep or bool(fetched),
         "ok": result.ok,
         "seconds": round(result.seconds, 3),

@@ -113,7 +113,7 @@ def describe(file: Path, data: bytes, receipt: Any) -> dict[str, Any]:
     """Return what JSON says of one image."""
     return {
         "path": str(file),
-        "bytes": len(data),
+        "size_bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "receipt": dict(receipt),
     }

@@ -52,7 +52,7 @@ def synthesize(directory: Path, size: Literal["tiny", "full"], seed: int, out: O
         "revision": manifest.revision,
         "files": len(manifest.files),
         "size_bytes": manifest.size,
-        "digest": manifest.digest,
+        "manifest_digest": manifest.digest,
         "changed": made.changed,
     }
     found = "" if made.changed else "is already there: "
