@@ -12,7 +12,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,7 +20,9 @@ from typing import Any
 import docker
 import pytest
 
-from tests.support.instances import deployment, free_port, recorded
+from tests.support.host import free_port
+from tests.support.instances import deployment, recorded
+from tests.support.waiting import eventually
 from zops.errors import HostShort, RuntimeUnreachable, SnapshotMissing, ZopsError
 from zops.events import Event, Finished, silent
 from zops.host.engine import inspect
@@ -38,15 +39,6 @@ trap 'echo stopping; exit 0' TERM
 echo started
 while :; do sleep 1 & wait $!; done
 """
-
-
-def eventually(check: Callable[[], Any], what: str, timeout_s: float = 30.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := check():
-            return found
-        time.sleep(0.05)
-    pytest.fail(f"{what} did not happen within {timeout_s} s")
 
 
 def root_file_system() -> bytes:

@@ -1,115 +1,35 @@
 """The main job on a real engine: from a bare host to a serving one, through a loss of the cache, and back."""
 
-import base64
-import json
 import os
 import shutil
 import signal
 import socket
-import subprocess
-import sys
-import time
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import docker
 import pytest
 
+from tests.support.host import Host, free_port
+from tests.support.waiting import eventually
+
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def eventually(check: Callable[[], Any], *, timeout_s: float, what: str) -> Any:
-    """Wait until a check returns something true; fail loudly otherwise."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := check():
-            return found
-        time.sleep(0.2)
-    pytest.fail(f"{what} did not happen within {timeout_s} s")
-
-
-class Host:
-    """A host of its own: working directory, state, cache and a deployment name that nobody else has."""
-
-    def __init__(self, root: Path, model: Path, image: str) -> None:
-        self.root = root
-        self.port = free_port()
-        self.name = f"e2e-{os.getpid()}-{self.port}"
-        self.cache = root / "cache"
-        self.backup = root / "backup"
-        # The engine's user 10001 must be able to walk down to the cache.
-        for directory in (root, *root.parents[:2]):
-            directory.chmod(0o755)
-        (root / "zops.yaml").write_text(
-            f"name: {self.name}\n"
-            "model: zops/synthetic-tiny\n"
-            f"source: {{kind: directory, path: {model}}}\n"
-            "cache: {dir: ./cache}\n"
-            "runtime: docker\n"
-            "gpus: none\n"
-            f"image: {{name: '{image}'}}\n"
-            f"serve: {{port: {self.port}, warmup_size: 64, startup_timeout_s: 120}}\n"
-            "backup: {to: ./backup}\n"
-        )
-
-    def run(self, *argv: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        done = subprocess.run(
-            [sys.executable, "-m", "zops", *argv],
-            cwd=self.root,
-            env=os.environ | {"ZOPS_STATE_DIR": str(self.root / "state")},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert done.returncode == status, f"zops {' '.join(argv)}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-        return done
-
-    def json(self, *argv: str, status: int = 0) -> Any:
-        return json.loads(self.run(*argv, "--output", "json", status=status).stdout)
-
-    def image(self, seed: int) -> bytes:
-        """Fetch an image through the published port, as any client would."""
-        request = urllib.request.Request(
-            f"http://127.0.0.1:{self.port}/v1/images/generations",
-            data=json.dumps({"prompt": "a red kite", "size": "64x64", "seed": seed}).encode(),
-            headers={"Content-Type": "application/json"},
-        )
-        with urllib.request.urlopen(request, timeout=60) as response:
-            return base64.b64decode(json.load(response)["data"][0]["b64_json"])
-
-    def ready(self) -> bool:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/readyz", timeout=2) as response:
-                return response.status == 200
-        except OSError:
-            return False
-
-
 @pytest.fixture
-def engine() -> Iterator[docker.DockerClient]:
-    client = docker.DockerClient.from_env(use_context=False)
-    yield client
-    client.close()
+def engine(docker_client: docker.DockerClient) -> docker.DockerClient:
+    return docker_client
 
 
 @pytest.fixture
 def host(tmp_path: Path, tiny_model: Path, inference_image: str, engine: docker.DockerClient) -> Iterator[Host]:
-    root = tmp_path / "host"
-    root.mkdir()
-    made = Host(root, tiny_model, inference_image)
+    name = f"e2e-{os.getpid()}-{free_port()}"
+    made = Host(tmp_path / "host", tiny_model, name=name, runtime="docker", image={"name": inference_image})
     yield made
-    for container in engine.containers.list(all=True, filters={"label": f"io.zops.deployment={made.name}"}):
+    for container in containers(engine, made):
         container.remove(force=True)
-    for volume in engine.volumes.list(filters={"label": f"io.zops.deployment={made.name}"}):
+    for volume in engine.volumes.list(filters={"label": f"io.zops.deployment={name}"}):
         volume.remove(force=True)
 
 
@@ -162,10 +82,9 @@ def test_a_bare_host_must_become_a_serving_one_survive_a_crash_and_the_loss_of_i
     os.kill(inspected["State"]["Pid"], signal.SIGKILL)
     eventually(
         lambda: (c := containers(engine, host)[0]).attrs["RestartCount"] == 1 and c.attrs["State"]["Running"],
-        timeout_s=30,
-        what="the restart",
+        "the restart",
     )
-    eventually(host.ready, timeout_s=90, what="readiness after the restart")
+    eventually(host.ready, "readiness after the restart", timeout_s=90)
     assert host.image(seed=7) == first
 
     # Down leaves nothing running; the cache survives it.
@@ -213,6 +132,7 @@ def test_a_taken_port_must_be_one_line_and_leave_no_container(host: Host, engine
 
 
 def test_an_engine_that_does_not_answer_must_be_one_line(host: Host) -> None:
+    host.run("cache", "pull")
     done = host.run("up", "--engine", "unix:///nonexistent/docker.sock", status=5)
     assert "Traceback" not in done.stderr
     assert len([line for line in done.stderr.splitlines() if line.startswith("error:")]) == 1

@@ -7,15 +7,15 @@ import socket
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tests.support.instances import deployment, free_port
+from tests.support.host import free_port
+from tests.support.instances import deployment
+from tests.support.waiting import eventually
 from zops.errors import HostShort, LockHeld, ZopsError
 from zops.events import Event, Warned, silent
 from zops.host.paths import state_dir
@@ -43,15 +43,6 @@ if mode == "broken":
 while True:
     signal.pause()
 """
-
-
-def eventually(check: Callable[[], Any], what: str, timeout_s: float = 20.0) -> Any:
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        if found := check():
-            return found
-        time.sleep(0.02)
-    pytest.fail(f"{what} did not happen within {timeout_s} s")
 
 
 @pytest.fixture

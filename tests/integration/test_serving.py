@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from tests.support.serving import clean_environment, free_port, wait_until
+from tests.support.host import free_port
+from tests.support.serving import clean_environment
+from tests.support.waiting import eventually
 
 
 def _open(data):
@@ -122,7 +124,7 @@ def test_a_body_that_breaks_off_must_leave_no_trace_but_a_log_line(served):
         raw.sendall(
             b"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nX-Request-ID: cut\r\nContent-Length: 9\r\n\r\n{"
         )
-    wait_until(lambda: '"request_id": "cut"' in served.log.read_text(), "the log line")
+    eventually(lambda: '"request_id": "cut"' in served.log.read_text(), "the log line")
     assert "traceback" not in served.log.read_text()
 
 
@@ -204,7 +206,7 @@ def test_a_client_that_goes_away_must_free_the_worker_at_once(served):
 def test_the_log_must_name_the_request_and_never_the_prompt(served):
     answer = served.generate(prompt="sesame-open-up", seed=1)
     request_id = answer.headers["x-request-id"]
-    wait_until(lambda: request_id in served.log.read_text(), "the log line")
+    eventually(lambda: request_id in served.log.read_text(), "the log line")
     lines = [json.loads(line) for line in served.log.read_text().splitlines()]
     [line] = [line for line in lines if line.get("request_id") == request_id]
     assert (line["method"], line["path"], line["status"]) == ("POST", "/v1/images/generations", 200)

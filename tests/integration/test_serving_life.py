@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.serving import ENDLESS, LONG, clean_environment, free_port, start_server, stop_hard, wait_until
+from tests.support.host import free_port
+from tests.support.serving import ENDLESS, LONG, clean_environment, start_server, stop_hard
+from tests.support.waiting import eventually
 from zops.cache.manifest import FileEntry, Manifest, read_manifest, stat_key, write_manifest, write_marker
 
 
@@ -116,7 +118,7 @@ def test_a_taken_port_must_be_refused_before_anything_is_loaded(tiny_model):
 
 def test_a_server_must_tell_its_phase_until_it_is_ready_and_give_the_same_bytes_as_another(launch, served):
     server = launch()
-    wait_until(server.is_up, "the socket")
+    eventually(server.is_up, "the socket")
     seen, refusals = [], set()
     while (answer := server.call("GET", "/readyz")).status == 503:
         body = answer.json
@@ -134,7 +136,7 @@ def test_a_server_must_tell_its_phase_until_it_is_ready_and_give_the_same_bytes_
     assert server.generate(seed=77).images == served.generate(seed=77).images
     worker = server.worker_pid
     assert server.stop() == 0
-    wait_until(lambda: not is_alive(worker), "the worker to end", timeout_s=5)
+    eventually(lambda: not is_alive(worker), "the worker to end", timeout_s=5)
 
 
 def test_a_killed_worker_must_cost_one_request_and_be_replaced(narrow):
@@ -143,7 +145,7 @@ def test_a_killed_worker_must_cost_one_request_and_be_replaced(narrow):
     first = server.worker_pid
     with ThreadPoolExecutor(1) as pool:
         running = pool.submit(server.call, "POST", "/v1/images/generations", ENDLESS)
-        wait_until(lambda: server.state["queue"]["running"] == 1, "the request to run")
+        eventually(lambda: server.state["queue"]["running"] == 1, "the request to run")
         os.kill(first, signal.SIGKILL)
         answer = running.result(timeout=10)
     assert (answer.status, answer.code) == (503, "worker_lost")
@@ -157,12 +159,12 @@ def test_a_killed_worker_must_cost_one_request_and_be_replaced(narrow):
 
 
 def test_a_worker_that_hangs_must_be_killed_after_the_deadline_and_replaced(launch):
-    server = launch(ZOPS_SERVE_REQUEST_TIMEOUT_S="1").wait_ready()
+    server = launch(ZOPS_SERVE_REQUEST_TIMEOUT_S="4").wait_ready()
     first = server.worker_pid
     os.kill(first, signal.SIGSTOP)
     answer = server.generate()
     assert (answer.status, answer.code) == (504, "deadline_exceeded")
-    wait_until(lambda: not is_alive(first), "the hung worker to be killed", timeout_s=10)
+    eventually(lambda: not is_alive(first), "the hung worker to be killed", timeout_s=10)
     server.wait_ready()
     assert server.generate().status == 200
 
@@ -171,9 +173,9 @@ def test_sigterm_must_let_the_running_request_finish_and_refuse_all_others(launc
     server = launch().wait_ready()
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(server.call, "POST", "/v1/images/generations", LONG)
-        wait_until(lambda: server.state["queue"]["running"] == 1, "the request to run")
+        eventually(lambda: server.state["queue"]["running"] == 1, "the request to run")
         waiting = pool.submit(server.generate)
-        wait_until(lambda: server.state["queue"]["waiting"] == 1, "the second request to wait")
+        eventually(lambda: server.state["queue"]["waiting"] == 1, "the second request to wait")
         server.process.send_signal(signal.SIGTERM)
         refusal = waiting.result(timeout=5)
         assert (refusal.status, refusal.code) == (503, "draining")
@@ -190,9 +192,9 @@ def test_a_full_queue_must_answer_429(narrow):
     server = narrow
     with ThreadPoolExecutor(2) as pool:
         running = pool.submit(server.call, "POST", "/v1/images/generations", LONG)
-        wait_until(lambda: server.state["queue"]["running"] == 1, "the request to run")
+        eventually(lambda: server.state["queue"]["running"] == 1, "the request to run")
         waiting = pool.submit(server.generate)
-        wait_until(lambda: server.state["queue"]["waiting"] == 1, "the second request to wait")
+        eventually(lambda: server.state["queue"]["waiting"] == 1, "the second request to wait")
         answer = server.generate()
         assert (answer.status, answer.code) == (429, "queue_full")
         assert int(answer.headers["retry-after"]) >= 1
@@ -201,15 +203,15 @@ def test_a_full_queue_must_answer_429(narrow):
 
 def test_the_worker_must_end_when_the_server_is_killed(launch):
     server = launch()
-    wait_until(server.is_up, "the socket")
+    eventually(server.is_up, "the socket")
     worker = server.worker_pid
     server.stop(signal.SIGKILL)
-    wait_until(lambda: not is_alive(worker), "the orphaned worker to end", timeout_s=10)
+    eventually(lambda: not is_alive(worker), "the orphaned worker to end", timeout_s=10)
 
 
 def test_sigterm_during_the_start_must_end_the_server_with_status_0(launch):
     server = launch()
-    wait_until(server.is_up, "the socket")
+    eventually(server.is_up, "the socket")
     assert server.stop() == 0
 
 
@@ -223,8 +225,8 @@ def test_weights_that_give_no_picture_must_never_become_ready(tiny_model, tmp_pa
     vouch(copy)
     server = start_server(copy, tmp_path / "serve")
     try:
-        wait_until(server.is_up, "the socket")
-        state = wait_until(lambda: server.state["phase"] == "failed" and server.state, "the failed start")
+        eventually(server.is_up, "the socket")
+        state = eventually(lambda: server.state["phase"] == "failed" and server.state, "the failed start")
         assert "not a number" in state["reason"]
         assert server.call("GET", "/readyz").status == 503
     finally:

@@ -192,7 +192,7 @@ def test_the_command_must_synthesize_and_say_what_it_found(tmp_path: Path, capsy
             "revision": "seed-3",
             "files": len(manifest.files),
             "size_bytes": manifest.size,
-            "digest": manifest.digest,
+            "manifest_digest": manifest.digest,
             "changed": changed,
         }
 

@@ -1,7 +1,6 @@
 """Deployments with a snapshot on disk that runtimes can be given without a model behind it."""
 
 import json
-import socket
 from pathlib import Path
 
 from zops.host.engine import EngineFacts
@@ -27,10 +26,3 @@ def deployment(root: Path, **changes) -> Deployment:
         path.chmod(0o755 if path.is_dir() else 0o644)
     settings = {"name": "demo", "model": "zops/synthetic-tiny", "cache": {"dir": cache}, "gpus": "none"} | changes
     return Deployment(Spec.model_validate(settings), snapshot, "seed-0", "ab" * 32)
-
-
-def free_port() -> int:
-    """Return a port of the loopback that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])

@@ -8,31 +8,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+
+from tests.support.host import free_port
+from tests.support.waiting import eventually
 
 START_TIMEOUT_S = 60
 # Takes the tiny model a minute on two slow cores, in steps between which it can be cancelled; not to be waited for.
 ENDLESS = {"prompt": "a long one", "size": "512x512", "num_inference_steps": 200, "seed": 1}
 # Takes a second or more on any CPU: time to do something meanwhile.
 LONG = ENDLESS | {"num_inference_steps": 16}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_until(condition, what, timeout_s=START_TIMEOUT_S):
-    """Return the first true value of `condition()`; fail naming `what` when none comes."""
-    deadline = time.monotonic() + timeout_s
-    while not (value := condition()):
-        assert time.monotonic() < deadline, f"waited {timeout_s} s in vain: {what}"
-        time.sleep(0.02)
-    return value
 
 
 @dataclass(frozen=True)
@@ -87,9 +74,9 @@ class Server:
         head = f"POST /v1/images/generations HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
         with socket.create_connection(("127.0.0.1", self.port)) as raw:
             raw.sendall(head + body)
-            wait_until(lambda: self.state["queue"]["running"] == 1, "the request to run")
+            eventually(lambda: self.state["queue"]["running"] == 1, "the request to run")
             yield
-        wait_until(lambda: self.state["queue"]["running"] == 0, "the worker to be free", timeout_s=5)
+        eventually(lambda: self.state["queue"]["running"] == 0, "the worker to be free", timeout_s=5)
 
     @property
     def state(self):
@@ -107,8 +94,12 @@ class Server:
             return False
 
     def wait_ready(self):
-        wait_until(self.is_up, f"the socket\n{self.log.read_text()}")
-        wait_until(lambda: self.call("GET", "/readyz").status == 200, f"readiness\n{self.log.read_text()}")
+        eventually(self.is_up, f"the socket\n{self.log.read_text()}", timeout_s=START_TIMEOUT_S)
+        eventually(
+            lambda: self.call("GET", "/readyz").status == 200,
+            f"readiness\n{self.log.read_text()}",
+            timeout_s=START_TIMEOUT_S,
+        )
         return self
 
     def stop(self, number=signal.SIGTERM):
