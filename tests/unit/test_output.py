@@ -109,3 +109,56 @@ def test_a_wrong_mode_in_the_environment_must_be_refused() -> None:
 def test_sizes_and_durations_must_read_well() -> None:
     assert [size(n) for n in (0, 999, 1500, 32_848_305_533)] == ["0 B", "999 B", "1.50 kB", "32.85 GB"]
     assert [duration(s) for s in (0.314, 12.34, 185)] == ["0.31 s", "12.3 s", "3 min 05 s"]
+
+
+class Terminal(io.StringIO):
+    """A terminal that remembers, for each line of text, whether bars were on it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.out: Output | None = None
+        self.covered: dict[str, bool] = {}
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> int:
+        if self.out is not None:
+            bars = self.out._bars
+            self.covered[text] = bars is not None and bars._bars.live.is_started
+        return super().write(text)
+
+
+def test_what_is_written_while_bars_are_shown_must_not_be_glued_to_them() -> None:
+    terminal = Terminal()
+    out = terminal.out = Output("human", stdout=terminal, stderr=terminal)
+    with out.progress() as report, task(report, "pull", "pulling", total=10):
+        out.data(None, "a result")
+        out.note("a note")
+        assert out._bars is not None
+        assert out._bars._bars.live.is_started
+    assert terminal.covered["a result\n"] is False
+    assert terminal.covered["a note\n"] is False
+    assert out._bars is None
+
+
+def test_short_work_must_leave_no_line_and_long_work_one() -> None:
+    for mode in ("human", "plain"):
+        terminal = Terminal()
+        out = Output(mode, stdout=io.StringIO(), stderr=terminal)  # type: ignore[arg-type]
+        with out.progress() as report:
+            report(Finished("look", "looked", 0.2))
+            report(Finished("pull", "pulled", 2.5))
+        assert "looked" not in terminal.getvalue()
+        assert "pulled (2.50 s)" in terminal.getvalue()
+
+
+def test_long_work_in_a_log_must_tell_how_far_it_is_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("zops.cli.progress.LINE_INTERVAL_S", 0)
+    out, _, rest = sink("plain")
+    with out.progress() as report:
+        report(Started("pull", "pulling", 2_000_000))
+        report(Progressed("pull", 500_000, 2_000_000))
+        report(Started("check", "checking", 4, "checks"))
+        report(Progressed("check", 1, 4))
+    assert rest.getvalue() == "pulling: 25 %, 500.00 kB of 2.00 MB\nchecking: 25 %, 1 of 4 checks\n"

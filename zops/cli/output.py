@@ -8,16 +8,18 @@ import itertools
 import json
 import os
 import sys
-import time
-from collections.abc import Iterable, Mapping, Sequence
-from typing import IO, Any, Literal, Self
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import IO, TYPE_CHECKING, Any, Literal, Self
 
 from zops.errors import UsageError, ZopsError
-from zops.events import Event, Finished, Progressed, Report, Started, Warned
+from zops.events import Report
+
+if TYPE_CHECKING:
+    from zops.cli.bars import Bars
 
 Mode = Literal["human", "plain", "json"]
 MODES = ("human", "plain", "json")
-PLAIN_INTERVAL_S = 10.0
 
 
 def size(count: float) -> str:
@@ -46,6 +48,7 @@ class Output:
         self.mode = mode
         self.stdout = stdout or sys.stdout
         self.stderr = stderr or sys.stderr
+        self._bars: Bars | None = None
 
     @classmethod
     def resolve(cls, asked: str | None, environ: Mapping[str, str]) -> Self:
@@ -73,11 +76,12 @@ class Output:
 
     def data(self, body: Any, human: str | None = None) -> None:
         """Write the result: the JSON document, or the text for people (nothing when it is empty)."""
-        if self.mode == "json":
-            self.stdout.write(json.dumps(body, indent=1, default=str, ensure_ascii=False) + "\n")
-        elif human:
-            self.stdout.write(human.rstrip("\n") + "\n")
-        self.stdout.flush()
+        with self._aside():
+            if self.mode == "json":
+                self.stdout.write(json.dumps(body, indent=1, default=str, ensure_ascii=False) + "\n")
+            elif human:
+                self.stdout.write(human.rstrip("\n") + "\n")
+            self.stdout.flush()
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[str]], body: Any, *, empty: str = "") -> None:
         """Write rows as a table for people, `body` as JSON; `empty` is said on stderr when there are no rows."""
@@ -115,11 +119,12 @@ class Output:
         self.stderr.flush()
 
     def _say(self, kind: str, text: str) -> None:
-        if self.mode == "json":
-            self.stderr.write(json.dumps({kind: text}) + "\n")
-        else:
-            self.stderr.write(f"{self._mark('warning', '33')}: {text}\n" if kind == "warning" else f"{text}\n")
-        self.stderr.flush()
+        with self._aside():
+            if self.mode == "json":
+                self.stderr.write(json.dumps({kind: text}) + "\n")
+            else:
+                self.stderr.write(f"{self._mark('warning', '33')}: {text}\n" if kind == "warning" else f"{text}\n")
+            self.stderr.flush()
 
     def _mark(self, word: str, colour: str) -> str:
         coloured = self.mode == "human" and self.stderr.isatty() and not os.environ.get("NO_COLOR")
@@ -127,108 +132,28 @@ class Output:
 
     # --- progress
 
-    def progress(self) -> "Progress":
-        """Return a context manager whose `report` renders events in this output's mode."""
-        return Progress(self)
+    @contextmanager
+    def progress(self) -> Iterator[Report]:
+        """Hand out a `Report` that renders events: bars on a terminal, lines in a log, JSON lines for programs."""
+        from zops.cli.progress import JsonLines, Lines  # noqa: PLC0415 - only long work needs it
 
+        if self.mode == "json":
+            yield JsonLines(self.stderr)
+        elif self.mode == "human" and self.stderr.isatty():
+            from zops.cli.bars import Bars  # noqa: PLC0415 - rich costs 60 ms, and a log needs none of it
 
-class Progress:
-    """Renders events: bars on a terminal, a line now and then in a log, JSON lines for programs."""
-
-    def __init__(self, out: Output) -> None:
-        self._out = out
-        self._bars: Any = None
-        self._ids: dict[str, Any] = {}
-        self._texts: dict[str, str] = {}
-        self._spoken: dict[str, float] = {}
-        self._units: dict[str, str] = {}
-
-    def __enter__(self) -> Report:
-        if self._out.mode == "human" and self._out.stderr.isatty():
-            self._bars = _bars(self._out.stderr)
-            self._bars.start()
-        return self._report
-
-    def __exit__(self, *_exc: object) -> None:
-        if self._bars:
-            self._bars.stop()
-
-    def _report(self, event: Event) -> None:
-        if self._out.mode == "json":
-            self._json(event)
-        elif self._bars:
-            self._bar(event)
+            with Bars(self.stderr) as bars:
+                self._bars = bars
+                try:
+                    yield bars
+                finally:
+                    self._bars = None
         else:
-            self._plain(event)
+            yield Lines(self)
 
-    def _json(self, event: Event) -> None:
-        now = time.monotonic()
-        if isinstance(event, Progressed):
-            if now - self._spoken.get(event.task, 0) < 1 and event.done != event.total:
-                return
-            self._spoken[event.task] = now
-        body = {"event": type(event).__name__.lower()} | {slot: getattr(event, slot) for slot in event.__slots__}
-        self._out.stderr.write(json.dumps(body, default=str) + "\n")
-        self._out.stderr.flush()
-
-    def _plain(self, event: Event) -> None:
-        match event:
-            case Started():
-                self._texts[event.task], self._units[event.task] = event.text, event.unit
-                self._spoken[event.task] = time.monotonic()
-            case Progressed():
-                now = time.monotonic()
-                if event.total and now - self._spoken.get(event.task, now) >= PLAIN_INTERVAL_S:
-                    self._spoken[event.task] = now
-                    share = f"{100 * event.done // event.total} %"
-                    self._out.note(f"{self._texts.get(event.task, event.task)}: {share} of {size(event.total)}")
-            case Finished():
-                self._out.note(f"{event.text} ({duration(event.seconds)})")
-            case Warned():
-                self._out.warn(event.text)
-
-    def _bar(self, event: Event) -> None:
-        match event:
-            case Started():
-                total = event.total or None
-                self._ids[event.task] = self._bars.add_task(event.text, total=total, unit=event.unit)
-            case Progressed():
-                if event.task in self._ids:
-                    self._bars.update(self._ids[event.task], completed=event.done, total=event.total or None)
-            case Finished():
-                bar = self._ids.pop(event.task, None)
-                if bar is not None:
-                    self._bars.remove_task(bar)
-                self._bars.console.print(f"{event.text} ({duration(event.seconds)})", highlight=False, markup=False)
-            case Warned():
-                self._bars.console.print(f"warning: {event.text}", style="yellow", highlight=False, markup=False)
-
-
-def _bars(stream: IO[str]) -> Any:
-    from rich.console import Console  # noqa: PLC0415 - rich costs 60 ms that most commands need not pay
-    from rich.progress import (  # noqa: PLC0415
-        BarColumn,
-        DownloadColumn,
-        SpinnerColumn,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-    from rich.progress import Progress as Bars  # noqa: PLC0415
-
-    return Bars(
-        SpinnerColumn(),
-        TextColumn("{task.description}", markup=False),
-        BarColumn(bar_width=24),
-        DownloadColumn(),
-        TransferSpeedColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=Console(file=stream),
-        transient=True,
-        refresh_per_second=8,
-    )
+    def _aside(self) -> AbstractContextManager[object]:
+        """Take the bars away while something else is written; on a terminal both go to the same place."""
+        return self._bars.hidden() if self._bars else nullcontext()
 
 
 def format_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
