@@ -77,6 +77,8 @@ def test_a_bare_host_must_become_a_serving_one_survive_a_crash_and_the_loss_of_i
     # Healthy, also by a real image.
     health = host.json("health", "--deep")
     assert [instance["verdict"] for instance in health["instances"]] == ["ok"]
+    [cache] = [layer for layer in health["instances"][0]["layers"] if layer["layer"] == "cache"]
+    assert cache["evidence"]["writable"] is False
 
     # Killed as an out-of-memory killer would, it comes back by itself.
     os.kill(inspected["State"]["Pid"], signal.SIGKILL)

@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -32,7 +33,7 @@ def serving(log):
     metrics = Metrics(model="m/m", revision="r", manifest_digest="d")
     limits = Limits.of(Spec())
     scheduler = Scheduler(lambda: pytest.fail("no worker is needed"), limits, metrics)
-    app = create_app(scheduler, limits, Identity("m/m", "r", "d"), metrics)
+    app = create_app(scheduler, limits, Identity("m/m", "r", "d", Path("/")), metrics)
     return AccessLog(app, set_up_log(as_json=True, stream=log))
 
 

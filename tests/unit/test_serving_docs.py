@@ -27,7 +27,7 @@ def app():
     metrics = Metrics(model="m/m", revision="r", manifest_digest="d")
     limits = Limits.of(Spec())
     scheduler = Scheduler(lambda: pytest.fail("no worker is needed"), limits, metrics)
-    return create_app(scheduler, limits, Identity("m/m", "r", "d"), metrics)
+    return create_app(scheduler, limits, Identity("m/m", "r", "d", Path("/")), metrics)
 
 
 def test_every_error_code_must_be_described_with_its_status_and_type():

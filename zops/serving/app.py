@@ -6,9 +6,11 @@ The contract is docs/reference/http-api.md. Nothing here touches the pipeline; r
 import asyncio
 import base64
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from fastapi import FastAPI, Request, Response
@@ -54,6 +56,12 @@ class Identity:
     model: str
     revision: str
     manifest_digest: str
+    snapshot: Path
+
+    @property
+    def snapshot_writable(self) -> bool:
+        """Whether the snapshot's file system is mounted so that an instance could write to it."""
+        return not os.statvfs(self.snapshot).f_flag & os.ST_RDONLY
 
 
 def create_app(scheduler: Scheduler, limits: Limits, identity: Identity, metrics: Metrics) -> FastAPI:
@@ -237,7 +245,7 @@ def _add_probes(app: FastAPI, scheduler: Scheduler, identity: Identity, metrics:
     @app.get("/v1/zops/info")
     async def info() -> dict[str, Any]:
         """Tell what is served and how."""
-        return facts()
+        return facts() | {"snapshot_writable": identity.snapshot_writable}
 
     @app.get("/metrics")
     async def metrics_page() -> Response:

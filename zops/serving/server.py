@@ -165,7 +165,7 @@ def _http_server(scheduler: Any, limits: Any, spec: Spec, manifest: Manifest, me
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    identity = Identity(spec.model, manifest.revision, manifest.digest)
+    identity = Identity(spec.model, manifest.revision, manifest.digest, snapshot)
     app = AccessLog(create_app(scheduler, limits, identity, metrics), set_up_log(as_json=log_json))
     return Server(
         uvicorn.Config(
