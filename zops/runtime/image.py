@@ -237,7 +237,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source.resolve())
     except OSError:
-        shutil.copyfile(source, target)
+        # With its time: the newest input dates the image, and equal inputs must give an equal one.
+        shutil.copy2(source, target)
 
 
 def _revision() -> str:
