@@ -106,7 +106,7 @@ def build_image(engine: str, image: Image, report: Report, *, tag: str | None = 
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (
-        task(report, "image-build", f"image {name} built", unit="steps"),
+        task(report, "image-build", f"building {name}", unit="steps"),
         tempfile.TemporaryDirectory(prefix="zops-build-") as temporary,
         log.open("w", encoding="utf-8") as stream,
     ):
