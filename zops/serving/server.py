@@ -60,7 +60,7 @@ def require_extra() -> None:
         raise ZopsError(
             f"this installation cannot serve, it lacks {', '.join(missing)}",
             code="serve-extra-missing",
-            hint='pip install "zops[serve]"',
+            hint="in the source checkout of zops: pip install '.[serve]'",
         )
 
 
