@@ -8,6 +8,7 @@ import click
 from zops.cli.archive import backup, restore
 from zops.cli.options import Loaded, with_spec
 from zops.cli.output import Output, duration, size
+from zops.cli.space import slim
 
 if TYPE_CHECKING:
     from zops.cache.status import SnapshotStatus
@@ -176,13 +177,13 @@ def status(*, every: bool, loaded: Loaded, out: Output) -> None:
 
 cache.add_command(backup)
 cache.add_command(restore)
+cache.add_command(slim)
 
 
 def _chosen(snapshot: Path | None, loaded: Loaded) -> Path:
-    from zops.cache.layout import choose  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.layout import meant  # noqa: PLC0415 - the cache's modules are loaded when needed
 
-    spec = loaded.spec
-    return snapshot.absolute() if snapshot else choose(spec.cache.dir, spec.model, spec.source.revision).path
+    return snapshot.absolute() if snapshot else meant(loaded.spec).path
 
 
 def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict[str, object]:
