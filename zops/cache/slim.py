@@ -162,6 +162,7 @@ def slim(plan: SlimPlan, report: Report, *, lock_timeout_s: float = TIMEOUT_S) -
             if not _is_there(plan):
                 _make(plan, report)
                 changed = True
+            _tidy(plan)
     finally:
         prune_empty(plan.target)
     manifest = require_verified(plan.target)
@@ -205,14 +206,14 @@ def _require_cast_whole(parent: Path) -> None:
         name = "nothing"
     if name not in CAST_WHOLE:
         raise UsageError(
-            f"{parent / CONFIG} names {name!r}, of which zops does not know that all its weights are loaded as bfloat16",
+            f"{parent / CONFIG} names {name!r}, and zops does not know that all of that is loaded as bfloat16",
             code="slim-unknown-class",
             hint=f"zops slims {', '.join(sorted(CAST_WHOLE))}",
         )
 
 
 def _target_of(parent: Path, manifest: Manifest) -> Path:
-    """Return where the slim snapshot goes: beside its parent, or in zops' own layout when that one is another tool's."""
+    """Return where the slim snapshot goes: beside its parent, or in our own layout where that is another tool's."""
     revision = f"{manifest.revision}-{DERIVED}"
     if parent.parent.name != "snapshots":
         return parent.with_name(f"{parent.name}-{DERIVED}")
@@ -299,7 +300,14 @@ def _make(plan: SlimPlan, report: Report) -> None:
             record.unlink(missing_ok=True)
         raise
     incoming.install(_manifest_of(plan, incoming))
-    record.unlink()
+
+
+def _tidy(plan: SlimPlan) -> None:
+    """Remove what is of no use any more; a run that was killed right before may have left it."""
+    if is_unfinished(plan.target):
+        Incoming(plan.target).discard()
+    for leftover in (sidecar(plan.target) / RECORD, *sidecar(plan.target).glob(".*.part")):
+        leftover.unlink(missing_ok=True)
     # So that it counts as old as its parent wherever snapshots are compared by age.
     stat = plan.parent.stat()
     os.utime(plan.target, ns=(stat.st_atime_ns, stat.st_mtime_ns))

@@ -15,16 +15,13 @@ if TYPE_CHECKING:
     from zops.cache.slim import Slimmed, SlimPlan
 
 
-
 @click.command()
 @click.argument("snapshot", required=False, type=click.Path(path_type=Path))
 @click.option("--replace", is_flag=True, help="Then verify it deeply and remove its parent.")
 @click.option("--dry-run", is_flag=True, help="Only say what would be written.")
 @click.option("--yes", is_flag=True, help="Do not ask before the parent is removed.")
 @with_spec
-def slim(
-    *, snapshot: Path | None, replace: bool, dry_run: bool, yes: bool, loaded: Loaded, out: Output
-) -> None:
+def slim(*, snapshot: Path | None, replace: bool, dry_run: bool, yes: bool, loaded: Loaded, out: Output) -> None:
     """Derive a snapshot whose transformer is bfloat16 already: a third smaller, faster to load, the same images.
 
     Casts as the loader does, to the bit, and hashes everything on its way in and out. Goes on where an earlier run
@@ -40,7 +37,9 @@ def slim(
     from zops.cache.layout import choose  # noqa: PLC0415
 
     spec = loaded.spec
-    parent = snapshot.absolute() if snapshot else choose(spec.cache.dir, spec.model, spec.source.revision, full=True).path
+    parent = (
+        snapshot.absolute() if snapshot else choose(spec.cache.dir, spec.model, spec.source.revision, full=True).path
+    )
     there = slimming.is_slim(parent)
     if there:
         out.data(_slim_json(there, removed=0), f"{there.path}\nis slim already")
@@ -107,5 +106,9 @@ def _slim_json(result: "Slimmed", removed: int) -> dict[str, object]:
 
 def _slim_text(result: "Slimmed", removed: int) -> str:
     sizes = f"{size(result.size_before)} -> {size(result.manifest.size)}"
-    done = f"{len(result.cast)} files cast; {sizes} ({duration(result.seconds)})" if result.changed else "was there already"
+    done = (
+        f"{len(result.cast)} files cast; {sizes} ({duration(result.seconds)})"
+        if result.changed
+        else "was there already"
+    )
     return f"{result.path}\n{done}" + (f"\nremoved its parent ({size(removed)})" if removed else "")
