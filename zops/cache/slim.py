@@ -53,7 +53,7 @@ CONFIG = f"{COMPONENT}/config.json"
 CAST_WHOLE = frozenset({"ZImageTransformer2DModel"})
 # What a killed run worked from; staged files of another parent are worth nothing.
 RECORD = "slim.json"
-# Each takes two threads and 26 MB; more files at once only make a disk seek.
+# Each takes two threads and 10 MB; more files at once only make a disk seek.
 MAX_FILES_AT_ONCE = 4
 
 
@@ -317,7 +317,7 @@ def _derive(plan: SlimPlan, missing: list[FileEntry], incoming: Incoming, report
     """Make the missing files in staging, largest first, and record each that is done."""
     stop = threading.Event()
     text = f"slimming {plan.parent.name}"
-    files_at_once = min(MAX_FILES_AT_ONCE, max(1, len(os.sched_getaffinity(0)) // 2))
+    files_at_once = min(MAX_FILES_AT_ONCE, len(os.sched_getaffinity(0)))
     with task(report, "slim", text, total=sum(entry.size for entry in missing)) as counter:
         pool = ThreadPoolExecutor(files_at_once, thread_name_prefix="slim")
         try:
