@@ -8,7 +8,7 @@ import click
 from zops.cli.archive import backup, restore
 from zops.cli.options import Loaded, with_spec
 from zops.cli.output import Output, duration, size
-from zops.cli.space import slim
+from zops.cli.space import prune, slim
 
 if TYPE_CHECKING:
     from zops.cache.status import SnapshotStatus
@@ -178,6 +178,7 @@ def status(*, every: bool, loaded: Loaded, out: Output) -> None:
 cache.add_command(backup)
 cache.add_command(restore)
 cache.add_command(slim)
+cache.add_command(prune)
 
 
 def _chosen(snapshot: Path | None, loaded: Loaded) -> Path:

@@ -1,6 +1,8 @@
 """`zops cache slim` and `prune`: a smaller cache, without anything that somebody needs going away."""
 
+import re
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -9,10 +11,13 @@ import click
 
 from zops.cli.options import Loaded, confirm, with_spec
 from zops.cli.output import Output, duration, size
+from zops.errors import SnapshotMissing
 
 if TYPE_CHECKING:
     from zops.cache.remove import Used
     from zops.cache.slim import Slimmed, SlimPlan
+
+_SECONDS = {"m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 @click.command()
@@ -55,6 +60,61 @@ def slim(*, snapshot: Path | None, replace: bool, dry_run: bool, yes: bool, load
         result = slimming.slim(plan, report)
         removed = slimming.replace_parent(result, _asking(loaded), report) if replace else 0
     out.data(_slim_json(result, removed), _slim_text(result, removed))
+
+
+def _age_in_seconds(_context: click.Context, _parameter: click.Parameter, text: str | None) -> float:
+    """Turn a length of time as people write it into seconds; without one, everything is old enough."""
+    match = re.fullmatch(r"(\d+)([mhdw])", text or "0m")
+    if match is None:
+        raise click.BadParameter(f"{text!r} is no age; write it as 90m, 12h, 7d or 2w")
+    return float(match[1]) * _SECONDS[match[2]]
+
+
+@click.command()
+@click.option("--keep", type=click.IntRange(min=1), default=1, metavar="N", help="Revisions to keep (default: 1).")
+@click.option("--older-than", callback=_age_in_seconds, metavar="AGE", help="Only what is older: 90m, 12h, 7d, 2w.")
+@click.option("--all", "every", is_flag=True, help="Every model in the cache, not only the configured one.")
+@click.option("--all-layouts", is_flag=True, help="Also what another tool fetched.")
+@click.option("--yes", is_flag=True, help="Remove it; without, it is only listed.")
+@with_spec
+def prune(
+    *, keep: int, older_than: float, every: bool, all_layouts: bool, yes: bool, loaded: Loaded, out: Output
+) -> None:
+    """List what of the cache could go, and with --yes remove it.
+
+    Leftovers of what was never completed, snapshots that a newer verified one of the model supersedes, and parents of
+    verified slim ones. Never what an instance has mounted or serves, what zops.yaml means, or the only verified
+    snapshot of a model.
+
+    \b
+    Examples:
+      zops cache prune
+      zops cache prune --yes
+      zops cache prune --all --keep 2 --older-than 7d --yes
+    """
+    from zops.cache import prune as pruning  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    spec, ask = loaded.spec, _asking(loaded)
+    rules = pruning.Rules(keep, older_than, all_layouts)
+    wanted = _wanted(loaded)
+    items = pruning.plan_prune(spec.cache.dir, None if every else spec.model, rules, used=ask(), wanted=wanted)
+    if yes:
+        with out.progress() as report:
+            items = pruning.prune(items, ask, report)
+    freed = sum(item.size for item in items if item.state != "spared")
+    body = {"dry_run": not yes, "freed_bytes": freed, "items": [item.as_json() for item in items]}
+    rows = [(item.state, item.kind, size(item.size), item.reason, str(item.path)) for item in items]
+    out.table(("STATE", "KIND", "SIZE", "WHY", "PATH"), rows, body, empty="there is nothing to prune")
+    if freed:
+        out.note(f"{size(freed)} freed" if yes else f"{size(freed)} could be freed; add --yes to remove it")
+
+
+def _wanted(loaded: Loaded) -> list[Path]:
+    from zops.cache.layout import meant  # noqa: PLC0415 - the cache's modules are loaded when needed
+
+    with suppress(SnapshotMissing):
+        return [meant(loaded.spec).path]
+    return []
 
 
 def _asking(loaded: Loaded) -> "Callable[[], Used]":
