@@ -1,5 +1,6 @@
 """Which snapshots instances use, as every runtime that can be asked from here tells it."""
 
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,6 +28,15 @@ def used_snapshots(spec: Spec) -> dict[Path, tuple[str, ...]]:
             place = Path(instance.snapshot).resolve()
             used[place] = (*used.get(place, ()), f"{instance.name} ({instance.runtime})")
     return used
+
+
+def used_snapshots_if_known(spec: Spec, warn: Callable[[str], None]) -> dict[Path, tuple[str, ...]] | None:
+    """Return the same for those who only want to know, and None, with a warning, when it cannot be told."""
+    try:
+        return used_snapshots(spec)
+    except RuntimeUnreachable as error:
+        warn(f"who uses the snapshots cannot be told: {error.message}")
+        return None
 
 
 def _containers(spec: Spec) -> list[Instance]:
