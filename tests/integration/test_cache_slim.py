@@ -482,3 +482,30 @@ def test_the_command_must_refuse_while_an_instance_serves_the_parent_and_then_re
     assert host.json("cache", "slim")["changed"] is False
     assert host.json("cache", "pull")["changed"] is False
     assert host.json("cache", "verify", "--deep")["revision"] == "seed-0-bf16"
+
+
+@pytest.mark.slow
+def test_provisioning_must_take_to_the_slim_snapshot_once_and_then_find_everything_done(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    host = Host(tmp_path / "host", tiny_model, name="slimmed", runtime="process")
+    serve = {"port": host.port, "warmup_size": 64, "startup_timeout_s": 120, "dtype": "bfloat16"}
+    host.write(serve=serve)
+
+    def provision() -> dict[str, str]:
+        return {step["step"]: step["state"] for step in host.json("provision")["steps"]}
+
+    try:
+        provision()
+        (parent,) = host.json("cache", "status")
+        assert host.json("cache", "slim")["changed"]
+        assert host.error("cache", "slim", "--replace", "--yes", status=1) == "snapshot-in-use"
+        assert provision()["up"] == "done", "the instance must be made anew from the slim snapshot"
+        assert set(provision().values()) == {"found"}
+        assert host.json("cache", "slim", "--replace", "--yes")["removed_bytes"] == parent["size_bytes"]
+        assert set(provision().values()) == {"found"}
+        (only,) = host.json("cache", "status")
+        assert (only["slim_of"], only["used_by"]) == ("seed-0", ["slimmed (process)"])
+        assert host.json("cache", "prune", "--yes")["items"] == []
+    finally:
+        host.run("down")
