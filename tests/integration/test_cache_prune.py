@@ -210,7 +210,9 @@ def test_what_killed_commands_left_under_hidden_names_must_go_once_it_is_idle(tm
 
 def test_a_snapshot_that_was_moved_aside_must_never_be_taken_for_a_leftover(tmp_path: Path) -> None:
     good = snapshot(tmp_path, "good", age_h=50)
-    aside = made_old(good.rename(good.with_name(".good.replaced")), 50)
+    aside = good.rename(good.with_name(".good.replaced"))
+    for path in (aside, *aside.rglob("*")):
+        os.utime(path, (time.time() - 50 * HOUR,) * 2)
     assert look(tmp_path) == {}
     assert aside.exists()
 
