@@ -25,6 +25,8 @@ CALLS = [
     ("cache verify", "cache verify --deep"),
     ("cache pin", "cache pin"),
     ("cache warm", "cache warm"),
+    ("cache slim", "cache slim"),
+    ("cache prune", "cache prune"),
     ("cache status", "cache status"),
     ("up", "up"),
     ("ps", "ps"),

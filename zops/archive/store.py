@@ -136,13 +136,28 @@ def archive_name(manifests: Sequence[Manifest], created: datetime, *, compressed
     Raises:
         UsageError: when they are too many for one name.
     """
-    parts = [f"{_plain(m.model.replace('/', '--', 1))}-{_plain(m.revision[:12]).replace('-', '_')}" for m in manifests]
+    parts = [f"{_plain(m.model.replace('/', '--', 1))}-{_name_revision(m)}" for m in manifests]
     name = f"{'+'.join(parts)}-{created.astimezone(UTC).strftime(_TIME)}.tar{'.zst' if compressed else ''}"
     if len(name.encode()) > _NAME_LIMIT:
         raise UsageError(
             f"{len(manifests)} snapshots are too many for the name of one archive", hint="back them up apart"
         )
     return name
+
+
+def _name_revision(manifest: Manifest) -> str:
+    """Return a revision as it stands in a name: twelve characters, and how it was derived where it was."""
+    derived = f"_{manifest.derived}" if manifest.derived else ""
+    return _shortened(manifest.base_revision) + _plain(derived)
+
+
+def _shortened(revision: str) -> str:
+    return _plain(revision[:12]).replace("-", "_")
+
+
+def names_revision(named: str, revision: str, *, full: bool = False) -> bool:
+    """Tell whether what stands in an archive's name is a revision or, unless `full`, what was derived from it."""
+    return (named if full else named.removesuffix("_bf16")) == _shortened(revision)
 
 
 def read_name(name: str, size: int, store: Store) -> ArchiveInfo | None:
@@ -248,6 +263,7 @@ __all__ = [
     "StoredArchive",
     "Writer",
     "archive_name",
+    "names_revision",
     "newest",
     "open_archive",
     "open_store",

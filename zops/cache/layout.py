@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from zops.cache.manifest import SIDECAR, read_manifest, require_verified
+from zops.cache.manifest import SIDECAR, Manifest, read_manifest, require_verified
 from zops.catalog import lookup
 from zops.errors import SnapshotDamaged, SnapshotMissing
+from zops.spec import Spec
 
 Layout = Literal["modelscope", "modelscope-legacy", "huggingface", "plain"]
 
@@ -44,36 +45,79 @@ def place(cache_dir: Path, model: str, revision: str) -> Path:
     return cache_dir / "models" / model.replace("/", "--", 1) / "snapshots" / revision
 
 
-def choose(cache_dir: Path, model: str, revision: str | None = None) -> Snapshot:
+def choose(cache_dir: Path, model: str, revision: str | None = None, *, full: bool = False) -> Snapshot:
     """Return the best snapshot of a model: a verified one, then the catalog's commit, then the newest.
+
+    A snapshot that was derived from one of the wanted revision (`zops cache slim`) counts as that revision once it is
+    verified, and is preferred to its parent, since it loads faster into the same bits.
+
+    Args:
+        cache_dir: root of the cache.
+        model: owner/name.
+        revision: the revision that is wanted, None for any.
+        full: prefer the parent, whose weights have all their bits.
 
     Raises:
         SnapshotMissing: when the cache has none (of that revision, when one is given).
     """
-    candidates = [s for s in find(cache_dir, model) if revision is None or s.revision == revision]
-    if not candidates:
+    found = [_Candidate(snapshot, _verified_manifest(snapshot.path)) for snapshot in find(cache_dir, model)]
+    named = [c for c in found if revision is None or c.snapshot.revision == revision]
+    digests = {c.manifest.digest: c for c in found if c.manifest}
+    wanted = named + [c for c in found if c not in named and c.manifest and _is_derived(c.manifest, revision, named)]
+    if not wanted:
         which = f"{model} at {revision}" if revision else model
         raise SnapshotMissing(f"there is no snapshot of {which} in {cache_dir}", hint="fetch one with: zops cache pull")
     commit = lookup(model).commit
 
-    def rank(snapshot: Snapshot) -> tuple[bool, bool, bool, int]:
+    def rank(candidate: _Candidate) -> tuple[bool, bool, bool, int, bool]:
+        manifest = candidate.manifest
+        # As old as its parent, or a slimmed old revision would pass for newer than a new one.
+        parent = digests.get(manifest.parent, candidate) if manifest else candidate
         return (
-            is_verified(snapshot.path),
-            (snapshot.path / INDEX).is_file(),
-            bool(commit) and snapshot.revision == commit,
-            snapshot.path.stat().st_mtime_ns,
+            manifest is not None,
+            (candidate.snapshot.path / INDEX).is_file(),
+            bool(commit) and commit in {candidate.snapshot.revision, manifest.base_revision if manifest else ""},
+            max(c.snapshot.path.stat().st_mtime_ns for c in (candidate, parent)),
+            bool(manifest and manifest.derived) != full,
         )
 
-    return max(candidates, key=rank)
+    return max(wanted, key=rank).snapshot
+
+
+def meant(spec: Spec) -> Snapshot:
+    """Return the snapshot that a specification means: the full one where weights are loaded as float32.
+
+    Raises:
+        SnapshotMissing: when the cache has none.
+    """
+    # "auto" is bfloat16 on a GPU and float32 without one, as the loader decides.
+    full = spec.serve.dtype == "float32" or (spec.serve.dtype == "auto" and spec.gpus == "none")
+    return choose(spec.cache.dir, spec.model, spec.source.revision, full=full)
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    snapshot: Snapshot
+    manifest: Manifest | None
+    """None unless it is verified."""
+
+
+def _is_derived(manifest: Manifest, revision: str | None, named: list[_Candidate]) -> bool:
+    """Tell whether a verified snapshot was derived from what was asked for, be that still there or not."""
+    parents = {c.manifest.digest for c in named if c.manifest}
+    return bool(manifest.derived) and (manifest.parent in parents or manifest.base_revision == revision)
+
+
+def _verified_manifest(snapshot: Path) -> Manifest | None:
+    try:
+        return require_verified(snapshot)
+    except (SnapshotMissing, SnapshotDamaged):
+        return None
 
 
 def is_verified(snapshot: Path) -> bool:
     """Tell whether a snapshot is complete and untouched since it was verified, by a quick check."""
-    try:
-        require_verified(snapshot)
-    except (SnapshotMissing, SnapshotDamaged):
-        return False
-    return True
+    return _verified_manifest(snapshot) is not None
 
 
 def _scan(cache_dir: Path) -> Iterator[Snapshot]:

@@ -34,13 +34,24 @@ class FileEntry:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a snapshot must contain. `origin` tells who vouches for it: a hub (upstream) or only this disk (local)."""
+    """What a snapshot must contain. `origin` tells who vouches for it: a hub (upstream) or only this disk (local).
+
+    A snapshot that was made from another one says how (`derived`: "bf16") and from which (`parent`: the digest of that
+    one's manifest); both are empty for any other.
+    """
 
     model: str
     revision: str
     files: tuple[FileEntry, ...]
     origin: Origin = "upstream"
     source: str = ""
+    parent: str = ""
+    derived: str = ""
+
+    @property
+    def base_revision(self) -> str:
+        """The revision that was asked for at the hub: the parent's, for a snapshot that was derived from one."""
+        return self.revision.removesuffix(f"-{self.derived}") if self.derived else self.revision
 
     @cached_property
     def digest(self) -> str:
@@ -61,6 +72,7 @@ class Manifest:
             "revision": self.revision,
             "origin": self.origin,
             "source": self.source,
+            **({"parent": self.parent, "derived": self.derived} if self.derived else {}),
             "digest": self.digest,
             "files": [{"path": entry.path, "size": entry.size, "sha256": entry.sha256} for entry in sorted(self.files)],
         }
@@ -86,6 +98,8 @@ class Manifest:
                 files=files,
                 origin="local" if body["origin"] == "local" else "upstream",
                 source=str(body.get("source", "")),
+                parent=str(body.get("parent", "")),
+                derived=str(body.get("derived", "")),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise SnapshotDamaged(f"not a manifest: {error!r}", code="manifest-invalid") from None

@@ -133,13 +133,13 @@ def _offer(spec: Spec, model: Model, report: Report) -> Offer:
 
 
 def _present(spec: Spec, model: Model, revision: str) -> PullResult | None:
-    """Find a verified snapshot of a commit in any layout."""
+    """Find a verified snapshot of a commit in any layout; one that was derived from it stands for it."""
     if not revision:
         return None
     for snapshot in find(spec.cache.dir, model.id):
         if is_verified(snapshot.path):
             manifest = read_manifest(snapshot.path)
-            if manifest and (manifest.model, manifest.revision) == (model.id, revision):
+            if manifest and (manifest.model, manifest.base_revision) == (model.id, revision):
                 return PullResult(snapshot, manifest, (), tuple(entry.path for entry in manifest.files), 0)
     return None
 

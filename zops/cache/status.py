@@ -1,16 +1,22 @@
 """What a cache holds and in which state it is, told by stat and headers alone."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
 from zops.cache.incoming import is_unfinished
 from zops.cache.layout import INDEX, Snapshot, find
 from zops.cache.manifest import Manifest, quick_check, read_manifest, read_marker
+from zops.cache.remove import Used, users_of
 from zops.cache.safetensors import read_header
 from zops.cache.source import walk
 from zops.cache.warm import Residency, residency
 from zops.errors import SnapshotDamaged
+
+LastBackup = Callable[[Manifest], datetime | None]
+"""When the snapshot of a manifest was last backed up."""
 
 State = Literal["verified", "unverified", "incomplete", "damaged"]
 
@@ -30,6 +36,14 @@ class SnapshotStatus:
     origin: str
     """Who vouches for the manifest: upstream, local, or nobody (empty)."""
     manifest_digest: str
+    slim_of: str = ""
+    """The revision that a slim snapshot was made from, empty for any other."""
+    parent: str = ""
+    """The digest of that one's manifest."""
+    used_by: tuple[str, ...] | None = None
+    """The instances that have it mounted or serve it; None when nobody could be asked."""
+    last_backup: datetime | None = None
+    """When its newest archive was made; None when there is none or the store could not be asked."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON object documented in docs/reference/json.md."""
@@ -47,15 +61,28 @@ class SnapshotStatus:
             "verified_at": self.verified_at,
             "origin": self.origin,
             "manifest_digest": self.manifest_digest,
+            "slim_of": self.slim_of,
+            "parent": self.parent,
+            "used_by": None if self.used_by is None else list(self.used_by),
+            "last_backup": self.last_backup.isoformat() if self.last_backup else None,
         }
 
 
-def status(cache_dir: Path, model: str | None = None) -> list[SnapshotStatus]:
-    """Return the state of every snapshot in a cache, or of those of one model; reads no weights."""
-    return [_status_of(snapshot) for snapshot in find(cache_dir, model)]
+def status(
+    cache_dir: Path, model: str | None = None, *, used: Used | None = None, last_backup: LastBackup | None = None
+) -> list[SnapshotStatus]:
+    """Return the state of every snapshot in a cache, or of those of one model; reads no weights.
+
+    Args:
+        cache_dir: root of the cache.
+        model: owner/name, None for every model.
+        used: what instances use, as the runtimes say; None when they could not be asked.
+        last_backup: tells when a revision of a model was last backed up.
+    """
+    return [_status_of(snapshot, used, last_backup) for snapshot in find(cache_dir, model)]
 
 
-def _status_of(snapshot: Snapshot) -> SnapshotStatus:
+def _status_of(snapshot: Snapshot, used: Used | None, last_backup: LastBackup | None) -> SnapshotStatus:
     path = snapshot.path
     state, manifest, verified_at = _state_of(path)
     names = [name for name in walk(path) if (path / name).is_file()]
@@ -70,6 +97,10 @@ def _status_of(snapshot: Snapshot) -> SnapshotStatus:
         verified_at=verified_at,
         origin=manifest.origin if manifest else "",
         manifest_digest=manifest.digest if manifest else "",
+        slim_of=manifest.base_revision if manifest and manifest.derived else "",
+        parent=manifest.parent if manifest else "",
+        used_by=None if used is None else users_of(path, used),
+        last_backup=last_backup(manifest) if last_backup and manifest else None,
     )
 
 

@@ -5,7 +5,7 @@ import click
 from zops.archive import backup as backups
 from zops.archive import restore as restores
 from zops.archive.store import newest, open_archive, open_store
-from zops.cache.layout import choose
+from zops.cache.layout import meant
 from zops.cli.options import with_spec
 from zops.cli.output import Output, duration, size
 from zops.errors import SourceFailed, UsageError
@@ -33,7 +33,7 @@ def backup(*, loaded: Loaded, out: Output, store: str | None, compression: backu
     """
     spec = loaded.spec
     target = open_store(_store(store, spec, "--to"))
-    snapshot = choose(spec.cache.dir, spec.model, spec.source.revision)
+    snapshot = meant(spec)
     with out.progress() as report:
         result = backups.backup([snapshot], target, compression=compression or spec.backup.compression, report=report)
     body = {

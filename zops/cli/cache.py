@@ -8,6 +8,7 @@ import click
 from zops.cli.archive import backup, restore
 from zops.cli.options import Loaded, with_spec
 from zops.cli.output import Output, duration, size
+from zops.cli.space import prune, slim
 
 if TYPE_CHECKING:
     from zops.cache.status import SnapshotStatus
@@ -161,28 +162,42 @@ def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> 
 def status(*, every: bool, loaded: Loaded, out: Output) -> None:
     """List the snapshots of a cache: layout, state, size, types of the weights, share in memory.
 
+    And which instances use each, when it was last verified, and when it was last backed up into backup.to.
+
     \b
     Examples:
       zops cache status
       zops cache status --all --output json
     """
+    from zops.archive.history import last_backups  # noqa: PLC0415 - zstandard and the stores, for this command alone
     from zops.cache.status import status as look  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.runtime.usage import used_snapshots_if_known  # noqa: PLC0415 - docker-py costs 100 ms
 
-    found = look(loaded.spec.cache.dir, None if every else loaded.spec.model)
-    columns = ("MODEL", "REVISION", "LAYOUT", "STATE", "SIZE", "TYPES", "IN MEMORY", "VERIFIED", "PATH")
+    spec = loaded.spec
+    found = look(
+        spec.cache.dir,
+        None if every else spec.model,
+        used=used_snapshots_if_known(spec, out.warn),
+        last_backup=last_backups(spec.backup.to),
+    )
+    columns = (
+        "MODEL", "REVISION", "LAYOUT", "STATE", "SIZE", "TYPES", "IN MEMORY", "VERIFIED", "BACKED UP", "USED BY",
+        "PATH",
+    )  # fmt: skip
     empty = f"no snapshot in {loaded.spec.cache.dir}; fetch one with: zops cache pull"
     out.table(columns, [_status_row(each) for each in found], [each.as_json() for each in found], empty=empty)
 
 
 cache.add_command(backup)
 cache.add_command(restore)
+cache.add_command(slim)
+cache.add_command(prune)
 
 
 def _chosen(snapshot: Path | None, loaded: Loaded) -> Path:
-    from zops.cache.layout import choose  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.layout import meant  # noqa: PLC0415 - the cache's modules are loaded when needed
 
-    spec = loaded.spec
-    return snapshot.absolute() if snapshot else choose(spec.cache.dir, spec.model, spec.source.revision).path
+    return snapshot.absolute() if snapshot else meant(loaded.spec).path
 
 
 def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict[str, object]:
@@ -209,13 +224,21 @@ def _verification_text(result: "Verification", fetched: tuple[str, ...]) -> str:
     return "\n".join(lines)
 
 
+def _short(revision: str) -> str:
+    """Shorten a commit, but not what was derived from it."""
+    base, separator, derived = revision.partition("-bf16")
+    return f"{base[:12]}{separator}{derived}" or "?"
+
+
 def _status_row(each: "SnapshotStatus") -> tuple[str, ...]:
     import time  # noqa: PLC0415 - for this column alone
 
     verified = time.strftime("%Y-%m-%d %H:%M", time.localtime(each.verified_at)) if each.verified_at else "never"
+    backed_up = each.last_backup.astimezone().strftime("%Y-%m-%d %H:%M") if each.last_backup else "-"
+    used_by = "?" if each.used_by is None else ", ".join(each.used_by) or "-"
     types = ", ".join(f"{component} {'/'.join(dtypes)}" for component, dtypes in each.dtypes.items())
     snapshot = each.snapshot
     return (
-        snapshot.model or "?", snapshot.revision[:12] or "?", snapshot.layout, each.state, size(each.size_bytes), types,
-        f"{each.residency.share:.0%}", verified, str(snapshot.path),
+        snapshot.model or "?", _short(snapshot.revision), snapshot.layout, each.state, size(each.size_bytes), types,
+        f"{each.residency.share:.0%}", verified, backed_up, used_by, str(snapshot.path),
     )  # fmt: skip

@@ -33,7 +33,7 @@ def serve(*, out: Output, loaded: Loaded, snapshot: Path | None) -> None:
     from zops.serving import server  # noqa: PLC0415 - the container side, only for this command
 
     server.require_extra()
-    chosen = snapshot or _from_cache(loaded.spec.cache.dir, loaded.spec.model)
+    chosen = snapshot or _from_cache(loaded.spec)
     spec = _named_by(chosen, loaded)
     # A server's log is read by programs and in files: lines, never bars.
     log = Output("json" if out.mode == "json" else "plain")
@@ -41,10 +41,10 @@ def serve(*, out: Output, loaded: Loaded, snapshot: Path | None) -> None:
         server.serve(spec, chosen, report, log_json=log.mode == "json")
 
 
-def _from_cache(cache_dir: Path, model: str) -> Path:
+def _from_cache(spec: Spec) -> Path:
     from zops.cache import layout  # noqa: PLC0415
 
-    return layout.choose(cache_dir, model).path
+    return layout.meant(spec).path
 
 
 def _named_by(snapshot: Path, loaded: Loaded) -> Spec:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import cast
 
-from zops.archive.store import newest, open_store
-from zops.cache.layout import Snapshot, choose, is_verified
+from zops.archive.store import names_revision, newest, open_store
+from zops.cache.layout import Snapshot, is_verified, meant
 from zops.cache.warm import residency, room
 from zops.errors import RuntimeUnreachable, SnapshotDamaged, SnapshotMissing, ZopsError
 from zops.events import Report, silent
@@ -66,7 +66,7 @@ class Provision:
         return Look(done=True, reason=diagnosis.summary)
 
     def _snapshot(self) -> Snapshot:
-        return choose(self.spec.cache.dir, self.spec.model, self.spec.source.revision)
+        return meant(self.spec)
 
     def _snapshot_is_there(self) -> Look:
         try:
@@ -101,7 +101,7 @@ class Provision:
             return None
         wanted = spec.source.revision
         revisions = [revision for model, revision in found.snapshots if model == spec.model]
-        return found.location if not wanted or any(wanted.startswith(revision) for revision in revisions) else None
+        return found.location if not wanted or any(names_revision(revision, wanted) for revision in revisions) else None
 
     def _snapshot_is_verified(self) -> Look:
         try:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 
-from zops.cache.layout import choose
+from zops.cache.layout import meant
 from zops.cache.manifest import require_verified
 from zops.errors import SnapshotDamaged, SnapshotMissing
 from zops.events import Report
@@ -20,7 +20,7 @@ def deploy(spec: Spec) -> Deployment:
         SnapshotMissing: when the cache has none, or none that was verified.
         SnapshotDamaged: when files changed since they were verified.
     """
-    snapshot = choose(spec.cache.dir, spec.model, spec.source.revision)
+    snapshot = meant(spec)
     manifest = require_verified(snapshot.path)
     return Deployment(spec, snapshot.path, snapshot.revision or manifest.revision, manifest.digest)
 
