@@ -236,6 +236,16 @@ def test_the_rate_must_be_kept_on_average_and_idle_time_not_be_made_up_for() -> 
     assert now - began == pytest.approx(10, abs=0.2)
 
 
+def test_every_byte_must_pass_at_the_pace(snapshot: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Counted(Pace):
+        def spend(self, count: int) -> None:
+            spent.append(count)
+
+    spent: list[int] = []
+    monkeypatch.setattr(scrub, "Pace", Counted)
+    assert scrub_all(snapshot).read_bytes == sum(spent)
+
+
 def test_a_pace_that_is_stopped_must_let_nobody_wait() -> None:
     pace = Pace(1.0)
     pace.stopped.set()

@@ -3,6 +3,7 @@
 import hashlib
 import mmap
 import os
+import resource
 import threading
 from pathlib import Path
 
@@ -96,6 +97,19 @@ def test_a_file_that_cannot_be_read_must_not_keep_the_others_from_it(files: dict
     assert isinstance(found["gone"], FileNotFoundError)
     assert isinstance(found["directory"], IsADirectoryError)
     assert sum(isinstance(each, Digests) for each in found.values()) == len(files)
+
+
+def test_more_files_than_may_be_open_at_once_must_be_hashed(tmp_path: Path) -> None:
+    paths = {str(number): tmp_path / str(number) for number in range(200)}
+    for path in paths.values():
+        path.write_bytes(b"x")
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    try:
+        found = digest_files(paths, ("sha256",), silent, "")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert all(isinstance(each, Digests) for each in found.values())
 
 
 def test_an_error_while_reporting_must_end_all_threads_and_close_all_files(files: dict[str, Path]) -> None:
