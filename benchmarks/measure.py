@@ -1,4 +1,4 @@
-"""What every benchmark measures with: the page cache emptied and proven so, medians, memory, a table."""
+"""What every benchmark measures with: the page cache emptied or filled and proven so, medians, memory, a table."""
 
 import ctypes
 import os
@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from zops.cache.warm import resident_bytes
+from zops.cache.pages import resident_bytes
 
 
 def evict(paths: Iterable[Path]) -> None:
@@ -33,18 +33,34 @@ def warm(paths: Iterable[Path]) -> None:
         assert resident_bytes(path) >= path.stat().st_size * 0.999, f"{path} does not stay in memory"
 
 
+def seconds(work: Callable[[], object]) -> float:
+    """Return how long one call takes."""
+    began = time.perf_counter()
+    work()
+    return time.perf_counter() - began
+
+
 def median_seconds(work: Callable[[], object], runs: int = 3, *, before: Callable[[], object] = lambda: None) -> float:
     """Return the median of how long a piece of work takes; `before` is called before each run and not counted."""
-    seconds = []
+    taken = []
     for _ in range(runs):
         before()
-        began = time.perf_counter()
-        work()
-        seconds.append(time.perf_counter() - began)
-    return statistics.median(seconds)
+        taken.append(seconds(work))
+    return statistics.median(taken)
 
 
 def peak_rss_bytes() -> int:
+    """Return the most memory that this process has had, since it began or since `reset_peak_rss`."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def reset_peak_rss() -> None:
+    """Forget the peak so far: from now on it is what the process has now, or more."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_child_rss_bytes() -> int:
     """Return the largest resident set that any child that ended had so far."""
     return resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * 1024
 
@@ -62,8 +78,8 @@ def describe_host() -> str:
     return f"{len(os.sched_getaffinity(0))} cores of {model}, Linux {kernel}"
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print rows under their heads."""
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """Print rows under their heads, columns two spaces apart."""
     table = [tuple(columns), *(tuple(map(str, row)) for row in rows)]
     widths = [max(len(row[i]) for row in table) for i in range(len(columns))]
     for row in table:

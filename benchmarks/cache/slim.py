@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import describe_host, evict, median_seconds, peak_rss_bytes, print_table, sync, warm
+from benchmarks.measure import describe_host, evict, median_seconds, peak_child_rss_bytes, print_table, sync, warm
 from zops.cache.slim import plan_slim
 from zops.cache.verify import pin
 from zops.events import silent
@@ -105,7 +105,7 @@ def measure(root: Path, size: int, runs: int) -> dict[str, Any]:
             "slim_s": statistics.median(slim_it(before) for _ in range(runs)),
         }
         figures[state]["ratio"] = figures[state]["cp_s"] / figures[state]["slim_s"]
-    figures["peak_rss_bytes"] = peak_rss_bytes()
+    figures["peak_rss_bytes"] = peak_child_rss_bytes()
     return figures
 
 

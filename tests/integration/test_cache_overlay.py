@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.waiting import eventually
-from zops.cache.warm import _read_ahead, resident_bytes
+from zops.cache.pages import read_ahead, resident_bytes
 
 SIZE = (1 << 20) + 5
 
@@ -43,5 +43,5 @@ def test_a_warm_file_on_overlayfs_must_not_be_called_cold(overlay: Path) -> None
 
 def test_reading_ahead_on_overlayfs_must_bring_the_file_in(overlay: Path) -> None:
     with (overlay / "file").open("rb", buffering=0) as stream:
-        _read_ahead(stream.fileno(), 0, SIZE)
+        read_ahead(stream.fileno(), 0, SIZE)
     eventually(lambda: resident_bytes(overlay / "file") == SIZE, "the pages to arrive", timeout_s=5)

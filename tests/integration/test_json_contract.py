@@ -23,6 +23,7 @@ CALLS = [
     ("provision", "provision --dry-run"),
     ("cache pull", "cache pull"),
     ("cache verify", "cache verify --deep"),
+    ("cache scrub", "cache scrub"),
     ("cache pin", "cache pin"),
     ("cache warm", "cache warm"),
     ("cache slim", "cache slim"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.snapshots import write_pipeline
-from zops.cache import warm
+from zops.cache import pages, warm
 from zops.events import Event, Warned, silent
 
 
@@ -19,16 +19,16 @@ def file(tmp_path: Path) -> Path:
 
 def test_mincore_must_agree_with_cachestat(file: Path) -> None:
     with file.open("rb") as stream:
-        by_cachestat = warm._cachestat(stream.fileno(), file.stat().st_size)
-        by_mincore = warm._mincore(stream.fileno(), file.stat().st_size)
-        overlay = warm._is_overlay(stream.fileno())
+        by_cachestat = pages._cachestat(stream.fileno(), 0, file.stat().st_size)
+        by_mincore = pages._mincore(stream.fileno(), 0, file.stat().st_size)
+        overlay = pages._is_overlay(stream.fileno())
     if by_cachestat is None or overlay:
         pytest.skip("cachestat(2) tells nothing here: the kernel has none, or this is overlayfs")
     assert by_mincore == by_cachestat == 257
 
 
 def test_residency_must_be_told_without_cachestat(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(warm, "_CACHESTAT", 100_000)
+    monkeypatch.setattr(pages, "_CACHESTAT", 100_000)
     assert warm.resident_bytes(file) == file.stat().st_size
 
 
@@ -49,7 +49,7 @@ def test_warming_must_stop_at_the_memory_guard(tmp_path: Path, monkeypatch: pyte
     root = write_pipeline(tmp_path, shard_bytes=100_000)
     read: list[int] = []
     monkeypatch.setattr(warm, "resident_bytes", lambda _path: 0)
-    monkeypatch.setattr(warm, "_read_ahead", lambda _descriptor, _offset, count: read.append(count))
+    monkeypatch.setattr(warm, "read_ahead", lambda _descriptor, _offset, count: read.append(count))
     events: list[Event] = []
     result = warm.warm(root, events.append, room_bytes=lambda: 0)
     assert result.stopped
@@ -64,7 +64,7 @@ def test_warming_must_not_bring_in_more_than_there_was_room_for(
     read: list[int] = []
     monkeypatch.setattr(warm, "STEP", 10_000)
     monkeypatch.setattr(warm, "resident_bytes", lambda _path: 0)
-    monkeypatch.setattr(warm, "_read_ahead", lambda _descriptor, _offset, count: read.append(count))
+    monkeypatch.setattr(warm, "read_ahead", lambda _descriptor, _offset, count: read.append(count))
     assert warm.warm(root, silent, room_bytes=lambda: 50_000).stopped
     assert 40_000 <= sum(read) <= 50_000
 

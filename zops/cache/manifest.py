@@ -60,6 +60,11 @@ class Manifest:
         return hashlib.sha256(lines.encode()).hexdigest()
 
     @cached_property
+    def sha256(self) -> dict[str, str]:
+        """Path -> SHA-256 in hex of each file."""
+        return {entry.path: entry.sha256 for entry in self.files}
+
+    @cached_property
     def size(self) -> int:
         """Bytes of all files together."""
         return sum(entry.size for entry in self.files)
@@ -143,6 +148,8 @@ class Marker:
     verified_at: float
     stats: Mapping[str, tuple[int, int, int]] = field(repr=False)
     """Path -> (size, mtime in ns, inode)."""
+    blake3: Mapping[str, str] = field(default_factory=dict, repr=False)
+    """Path -> BLAKE3 in hex of the bytes whose SHA-256 was right; empty when none were recorded."""
 
 
 def sidecar(snapshot: Path) -> Path:
@@ -156,7 +163,7 @@ def read_manifest(snapshot: Path) -> Manifest | None:
     Raises:
         SnapshotDamaged: when there is one that cannot be read.
     """
-    body = _read_json(sidecar(snapshot) / "manifest.json")
+    body = read_json(sidecar(snapshot) / "manifest.json")
     return None if body is None else Manifest.from_json(body)
 
 
@@ -171,29 +178,41 @@ def write_manifest(snapshot: Path, manifest: Manifest) -> None:
 def read_marker(snapshot: Path) -> Marker | None:
     """Return the record of the last complete verification, None when there is none (or none that can be read)."""
     try:
-        body = _read_json(sidecar(snapshot) / "verified.json")
+        body = read_json(sidecar(snapshot) / "verified.json")
         if body is None or body["format"] != FORMAT:
             return None
         stats = {str(path): (int(s[0]), int(s[1]), int(s[2])) for path, s in body["stats"].items()}
-        return Marker(str(body["manifest_digest"]), float(body["verified_at"]), stats)
+        blake3 = {str(path): str(digest) for path, digest in body.get("blake3", {}).items()}
+        return Marker(str(body["manifest_digest"]), float(body["verified_at"]), stats, blake3)
     except (SnapshotDamaged, KeyError, TypeError, ValueError, AttributeError, IndexError):
         return None
 
 
-def write_marker(snapshot: Path, manifest: Manifest, stats: Mapping[str, tuple[int, int, int]]) -> None:
+def write_marker(
+    snapshot: Path,
+    manifest: Manifest,
+    stats: Mapping[str, tuple[int, int, int]],
+    *,
+    blake3: Mapping[str, str] | None = None,
+    verified_at: float | None = None,
+) -> None:
     """Record that every file of the manifest was hashed and found right.
 
     Args:
         snapshot: the snapshot's directory.
         manifest: what was verified.
         stats: path -> `stat_key` of each file, taken *before* it was hashed, so that a later write is seen.
+        blake3: path -> BLAKE3 of each file, where it is known.
+        verified_at: when the SHA-256 was compared, in seconds since the epoch; now by default.
     """
-    body = {
+    body: dict[str, object] = {
         "format": FORMAT,
         "manifest_digest": manifest.digest,
-        "verified_at": time.time(),
+        "verified_at": time.time() if verified_at is None else verified_at,
         "stats": {path: list(stat) for path, stat in stats.items()},
     }
+    if blake3:
+        body["blake3"] = dict(blake3)
     write_json(sidecar(snapshot) / "verified.json", body)
 
 
@@ -265,13 +284,17 @@ def damaged(snapshot: Path, findings: Iterable[Finding]) -> SnapshotDamaged:
 
 
 def write_json(path: Path, body: object) -> None:
-    """Write JSON durably: temporary sibling, fsync, rename, fsync of the directory."""
+    """Write JSON durably."""
+    write_text(path, json.dumps(body, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text durably: temporary sibling, fsync, rename, fsync of the directory."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with temporary.open("w", encoding="utf-8") as stream:
-            json.dump(body, stream, indent=1)
-            stream.write("\n")
+            stream.write(text)
             stream.flush()
             os.fsync(stream.fileno())
         temporary.replace(path)
@@ -290,7 +313,12 @@ def sync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
-def _read_json(path: Path) -> dict[str, Any] | None:
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the JSON object in a file, None when there is no file.
+
+    Raises:
+        SnapshotDamaged: when it cannot be read or is none.
+    """
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):

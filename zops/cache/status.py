@@ -11,6 +11,7 @@ from zops.cache.layout import INDEX, Snapshot, find
 from zops.cache.manifest import Manifest, quick_check, read_manifest, read_marker
 from zops.cache.remove import Used, users_of
 from zops.cache.safetensors import read_header
+from zops.cache.scrubbed import Result, read_record
 from zops.cache.source import walk
 from zops.cache.warm import Residency, residency
 from zops.errors import SnapshotDamaged
@@ -33,6 +34,9 @@ class SnapshotStatus:
     """Component -> the types of its weights, as safetensors names them."""
     residency: Residency
     verified_at: float | None
+    scrubbed_at: float | None
+    """When the last round of a scrub ended or a scrub found a bad file; None when neither happened to this manifest."""
+    scrub_result: Result
     origin: str
     """Who vouches for the manifest: upstream, local, or nobody (empty)."""
     manifest_digest: str
@@ -59,6 +63,8 @@ class SnapshotStatus:
             "resident_bytes": self.residency.resident,
             "share": round(self.residency.share, 4),
             "verified_at": self.verified_at,
+            "scrubbed_at": self.scrubbed_at,
+            "scrub_result": self.scrub_result,
             "origin": self.origin,
             "manifest_digest": self.manifest_digest,
             "slim_of": self.slim_of,
@@ -85,6 +91,9 @@ def status(
 def _status_of(snapshot: Snapshot, used: Used | None, last_backup: LastBackup | None) -> SnapshotStatus:
     path = snapshot.path
     state, manifest, verified_at = _state_of(path)
+    scrubbed = read_record(path)
+    if scrubbed and (manifest is None or manifest.digest != scrubbed.manifest_digest):
+        scrubbed = None
     names = [name for name in walk(path) if (path / name).is_file()]
     return SnapshotStatus(
         snapshot=snapshot,
@@ -95,6 +104,8 @@ def _status_of(snapshot: Snapshot, used: Used | None, last_backup: LastBackup | 
         # A manifest that cannot be read makes the snapshot damaged, and then nobody loads it.
         residency=residency(path) if manifest or state != "damaged" else Residency(0, 0),
         verified_at=verified_at,
+        scrubbed_at=scrubbed.ended_at if scrubbed else None,
+        scrub_result=scrubbed.result if scrubbed else "",
         origin=manifest.origin if manifest else "",
         manifest_digest=manifest.digest if manifest else "",
         slim_of=manifest.base_revision if manifest and manifest.derived else "",

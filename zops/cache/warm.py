@@ -1,8 +1,5 @@
 """The page cache: how much of a snapshot is in it, and bringing the rest in before a loader asks."""
 
-import ctypes
-import mmap
-import os
 import threading
 import time
 from collections.abc import Callable
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zops.cache.manifest import read_manifest
+from zops.cache.pages import read_ahead, resident_bytes
 from zops.cache.source import walk
 from zops.events import Report, Warned, task
 from zops.host.memory import read_memory
@@ -25,10 +23,6 @@ RESERVE_BYTES = 2 << 30
 RESERVE_SHARE = 0.05
 # In the order in which the pipeline's loader reads them.
 LOADING_ORDER = ("text_encoder", "transformer", "vae")
-
-OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
-_CACHESTAT = 451  # the same number on every architecture, since Linux 6.5
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Residency(NamedTuple):
@@ -102,7 +96,7 @@ def warm(snapshot: Path, report: Report, *, room_bytes: Callable[[], int] = room
                 count = min(STEP, size - offset)
                 if not guard.allows(count):
                     return
-                _read_ahead(stream.fileno(), offset, count)
+                read_ahead(stream.fileno(), offset, count)
                 advance(count)
 
     with task(report, "warm", f"warming {snapshot.name}", total=before.total) as counter:
@@ -140,18 +134,6 @@ class _Guard:
             return not self.stopped.is_set()
 
 
-def resident_bytes(path: Path) -> int:
-    """Return how many bytes of a file are in the page cache, rounded up to pages."""
-    with path.open("rb", buffering=0) as stream:
-        size = os.fstat(stream.fileno()).st_size
-        if size == 0:
-            return 0
-        pages = None if _is_overlay(stream.fileno()) else _cachestat(stream.fileno(), size)
-        if pages is None:
-            pages = _mincore(stream.fileno(), size)
-    return min(size, pages * mmap.PAGESIZE)
-
-
 def _in_loading_order(snapshot: Path) -> list[Path]:
     """Return the snapshot's files as the loader reads them: small ones, then component by component, shard by shard."""
     manifest = read_manifest(snapshot)
@@ -163,53 +145,3 @@ def _in_loading_order(snapshot: Path) -> list[Path]:
         return (1 + LOADING_ORDER.index(component) if heavy and component in LOADING_ORDER else 0, name)
 
     return [snapshot / name for name in sorted(names, key=order) if (snapshot / name).is_file()]
-
-
-def _read_ahead(descriptor: int, offset: int, count: int) -> None:
-    """Bring a range in: readahead(2) starts the reads and waits for most of them; what cannot is read for real."""
-    status = _libc.readahead(descriptor, ctypes.c_int64(offset), ctypes.c_size_t(count))
-    if status != 0:
-        os.pread(descriptor, count, offset)
-
-
-def _is_overlay(descriptor: int) -> bool:
-    """Tell whether a file lies on overlayfs, whose own inodes hold no pages: they are with the file below.
-
-    A mapping leads to the file below, cachestat(2) does not, and would call a warm file cold.
-    """
-    answer = ctypes.create_string_buffer(256)  # struct statfs is 120 bytes on 64-bit Linux; its first word is the type
-    if _libc.fstatfs(descriptor, answer) != 0:
-        return False
-    return ctypes.c_long.from_buffer(answer).value == OVERLAY_MAGIC
-
-
-class _Range(ctypes.Structure):
-    _fields_ = (("offset", ctypes.c_uint64), ("length", ctypes.c_uint64))
-
-
-class _Stat(ctypes.Structure):
-    _fields_ = tuple((name, ctypes.c_uint64) for name in ("cache", "dirty", "writeback", "evicted", "recently_evicted"))
-
-
-def _cachestat(descriptor: int, size: int) -> int | None:
-    """Return the pages of a file in the page cache by cachestat(2), None where the kernel or a sandbox refuses."""
-    answer = _Stat()
-    status = _libc.syscall(_CACHESTAT, descriptor, ctypes.byref(_Range(0, size)), ctypes.byref(answer), 0)
-    return int(answer.cache) if status == 0 else None
-
-
-def _mincore(descriptor: int, size: int) -> int:
-    """Return the same by mincore(2) over a mapping of the file; a thousand times slower, and everywhere."""
-    _libc.mmap.restype = ctypes.c_void_p
-    _libc.mmap.argtypes = (
-        ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_int64,
-    )  # fmt: skip
-    address = _libc.mmap(None, size, mmap.PROT_READ, mmap.MAP_SHARED, descriptor, 0)
-    if address in {None, ctypes.c_void_p(-1).value}:
-        return 0
-    pages = (ctypes.c_ubyte * -(-size // mmap.PAGESIZE))()
-    try:
-        status = _libc.mincore(ctypes.c_void_p(address), ctypes.c_size_t(size), pages)
-    finally:
-        _libc.munmap(ctypes.c_void_p(address), ctypes.c_size_t(size))
-    return sum(page & 1 for page in bytes(pages)) if status == 0 else 0
