@@ -26,6 +26,9 @@ from zops.cache.manifest import (
 
 DIRECTORY = "incoming"
 RECORD = "incoming.json"
+# What the hubs' SDKs and we ourselves (zops.cache.ranges) put behind the name of a file that is not complete.
+INCOMPLETE = ".incomplete"
+PARTIAL = ".partial"
 
 
 class Incoming:
@@ -83,6 +86,11 @@ class Incoming:
         write_manifest(self.snapshot, manifest)
         write_marker(self.snapshot, manifest, marked)
         self.discard()
+
+    def forget_begun(self, path: str) -> None:
+        """Remove the unfinished part of a file, for want of a hash that would tell whether the rest fits to it."""
+        for suffix in (INCOMPLETE, PARTIAL, f"{PARTIAL}.json"):
+            (self.directory / f"{path}{suffix}").unlink(missing_ok=True)
 
     def discard(self) -> None:
         """Forget everything that was brought."""

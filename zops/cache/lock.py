@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from zops.cache.redact import redacted
 from zops.errors import HostShort, LockHeld
 from zops.events import Report, Warned
 
@@ -126,7 +127,8 @@ def _is_current(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    # Whoever waits gets to read it, and it may name a mirror with its password.
+    command = redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:200]
     holder = Holder(os.getpid(), socket.gethostname(), command, time.time())
     os.ftruncate(descriptor, 0)
     os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)

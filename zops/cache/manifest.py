@@ -184,8 +184,12 @@ def write_marker(snapshot: Path, manifest: Manifest, stats: Mapping[str, tuple[i
 
 
 def clear_marker(snapshot: Path) -> None:
-    """Forget the last verification; to be called before any file of the snapshot is touched."""
-    (sidecar(snapshot) / "verified.json").unlink(missing_ok=True)
+    """Forget the last verification, durably; to be called before any file of the snapshot is touched."""
+    try:
+        (sidecar(snapshot) / "verified.json").unlink()
+    except FileNotFoundError:
+        return
+    sync_directory(sidecar(snapshot))
 
 
 def stat_key(path: Path) -> tuple[int, int, int]:

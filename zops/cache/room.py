@@ -45,6 +45,12 @@ def check_room(place: Path, size: int, files: int, report: Report) -> None:
         )
     if disk.is_network:
         report(Warned(f"{existing} is on a network file system ({disk.mount.system}); loading from it is slow"))
+    if disk.is_volatile:
+        report(
+            Warned(
+                f"{existing} is in memory ({disk.mount.system}): it takes what instances need, and ends with the host"
+            )
+        )
 
 
 def shortage(error: OSError) -> HostShort | None:
