@@ -325,7 +325,8 @@ class _Job:
             self._tell()
 
     def _check(self) -> None:
-        if self._run.stop.is_set() or self._failure is not None:
+        # With another failure the ranges in flight are brought to their end, for the next run needs them too.
+        if self._run.stop.is_set() or isinstance(self._failure, RangesIgnored):
             raise Stopped
 
     def _advance(self, count: int) -> None:

@@ -259,10 +259,9 @@ class HuggingFace:
         """Give the bytes of a range to `take`, over the client that the SDK's own downloads use."""
         with _translated(self.name):
             api = self._api
-            from huggingface_hub import constants, hf_hub_url  # noqa: PLC0415 - imported with the API above
-            from huggingface_hub.utils._http import hf_raise_for_status, http_stream_backoff  # noqa: PLC0415, PLC2701 - public by name
+            from huggingface_hub import constants, hf_hub_url, utils  # noqa: PLC0415 - imported with the API above
 
-            with http_stream_backoff(
+            with utils.http_stream_backoff(  # type: ignore[attr-defined] # public, if not in their __all__
                 "GET",
                 hf_hub_url(model, file.path, revision=commit, endpoint=self.endpoint or None),
                 headers=api._build_hf_headers() | _range_header(span),  # noqa: SLF001 - as above
@@ -271,7 +270,7 @@ class HuggingFace:
                 retry_on_exceptions=(),
                 retry_on_status_codes=(),
             ) as response:
-                hf_raise_for_status(response)
+                utils.hf_raise_for_status(response)  # type: ignore[attr-defined] # as above
                 _check_range(response.status_code, response.headers.get("Content-Range"), span, file.size)
                 for block in response.iter_raw():
                     take(block)

@@ -118,7 +118,7 @@ def _mend(snapshot: Path, manifest: Manifest, springs: list[Spring], report: Rep
         f"nobody delivers what is bad in {snapshot}: {told}",
         code="repair-sources-failed",
         hint="the files are as they were; make one of the two reachable, or name another with --from ARCHIVE",
-        files={path: "was not delivered" for path in _missing(snapshot, manifest)},
+        files=dict.fromkeys(_missing(snapshot, manifest), "was not delivered"),
     ) from failures[-1]
 
 

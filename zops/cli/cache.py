@@ -130,7 +130,7 @@ def pin(*, snapshot: Path | None, revision: str, from_hub: bool | None, loaded: 
     if from_hub and not is_hub:
         raise click.UsageError(f"source.kind is {spec.source.kind}, which is no hub; set it, or use --from-disk")
     with out.progress() as report:
-        if from_hub is None and is_hub or from_hub:
+        if is_hub if from_hub is None else from_hub:
             source = spec.source.model_copy(update={"revision": revision or spec.source.revision or _commit_of(path)})
             manifest = pin_from_hub(path, spec.model, source, report)
         else:
