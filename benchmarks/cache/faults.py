@@ -45,7 +45,9 @@ def play_schedules(origin: Path, scratch: Path) -> int:
             continue
         ends[end.outcome] += 1
         print(f"{left}{end.faults:>8}{end.requests:>10}  {end.outcome:<10}{', '.join(end.named)}")
-    print(f"\n{sum(ends.values()) + broken} schedules: {ends['verified']} ended verified, {ends['refused']} with an error")
+    print(
+        f"\n{sum(ends.values()) + broken} schedules: {ends['verified']} ended verified, {ends['refused']} with an error"
+    )
     return broken
 
 
@@ -68,7 +70,9 @@ def play_kills(origin: Path, scratch: Path, count: int) -> int:
         kept = killed.bytes_kept / 1e6
         print(f"{kind:<12}{share:>9.0%}{kept:>9.2f}{killed.files_kept:>7}{killed.bytes_sent_again:>7}")
     seconds = time.monotonic() - began
-    print(f"\n{count} kills in {seconds:.0f} s ({ended} came after the end); every other next run completed: {not broken}")
+    print(
+        f"\n{count} kills in {seconds:.0f} s ({ended} came after the end); every other next run completed: {not broken}"
+    )
     return broken
 
 

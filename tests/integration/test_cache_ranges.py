@@ -131,7 +131,9 @@ def test_a_flipped_bit_in_a_range_must_cost_the_file_and_be_mended(
 
 
 @pytest.mark.parametrize("kind", HUBS)
-@pytest.mark.parametrize("fault", [Status(403), Status(500, 0), Short(1000), Short(RANGE + 7), Flip(3), Cut(0)], ids=str)
+@pytest.mark.parametrize(
+    "fault", [Status(403), Status(500, 0), Short(1000), Short(RANGE + 7), Flip(3), Cut(0)], ids=str
+)
 def test_a_file_that_does_not_come_must_be_named_and_all_others_kept(
     tmp_path: Path, origin: Path, hub: Hub, kind: str, fault: object
 ) -> None:

@@ -59,7 +59,7 @@ def delivery_from(archive: StoredArchive, manifest: Manifest) -> Delivery:
         except OSError as error:
             raise shortage(error) or HubFailure(f"cannot be read from {archive.location}: {error}") from error
 
-    return Delivery(deliver)
+    return Delivery(deliver, fickle=False)
 
 
 def _closest(held: tuple[Contained, ...], manifest: Manifest) -> Contained:

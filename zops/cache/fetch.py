@@ -53,10 +53,12 @@ class Delivery:
     Attributes:
         whole: brings a file to a path, going on where an earlier attempt stopped where the source can.
         span: gives the bytes of a range, in order, to whoever takes them; None where the source has whole files only.
+        fickle: whether another attempt may bring other bytes, as over a network.
     """
 
     whole: Callable[[Listed, Path, Advance], None]
     span: Callable[[Listed, Span, Take], None] | None = None
+    fickle: bool = True
 
 
 def patiently(
@@ -221,7 +223,11 @@ class _Job:
         def attempt() -> None:
             self._count(-self._counted)
             self._run.delivery.whole(self._file, self._target, self._advance)
-            self._run.arrived(self._file.path, accept(self._file, self._target))
+            try:
+                hashed = accept(self._file, self._target)
+            except HubFailure as failure:
+                raise HubFailure(failure.text, final=not self._run.delivery.fickle) from failure
+            self._run.arrived(self._file.path, hashed)
 
         def moved() -> bool:
             nonlocal furthest

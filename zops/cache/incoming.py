@@ -7,6 +7,7 @@ offline mode) never sees half a snapshot. After a kill, files that were hashed r
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -29,6 +30,7 @@ RECORD = "incoming.json"
 # What the hubs' SDKs and we ourselves (zops.cache.ranges) put behind the name of a file that is not complete.
 INCOMPLETE = ".incomplete"
 PARTIAL = ".partial"
+LEFTOVER_AGE_S = 3600.0
 
 
 class Incoming:
@@ -93,7 +95,12 @@ class Incoming:
             (self.directory / f"{path}{suffix}").unlink(missing_ok=True)
 
     def discard(self) -> None:
-        """Forget everything that was brought."""
+        """Forget everything that was brought, and what dead processes left half-written beside it."""
+        for part in sidecar(self.snapshot).glob(".*.part"):
+            with suppress(OSError):
+                # A living one writes for milliseconds, and need not hold the lock to record a verification.
+                if time.time() - part.stat().st_mtime > LEFTOVER_AGE_S:
+                    part.unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
         self._record.unlink(missing_ok=True)
         self._checked = {}

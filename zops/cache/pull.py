@@ -8,7 +8,7 @@ from pathlib import Path
 from zops.cache.fetch import fetch, warn_without_digests
 from zops.cache.hashing import Hashed, hash_files
 from zops.cache.hubs import Listed
-from zops.cache.incoming import INCOMPLETE, PARTIAL, Incoming, prune_empty
+from zops.cache.incoming import INCOMPLETE, PARTIAL, Incoming, is_unfinished, prune_empty
 from zops.cache.layout import Snapshot, find, is_verified, place
 from zops.cache.lock import TIMEOUT_S, hold
 from zops.cache.manifest import FileEntry, Manifest, clear_marker, damaged, read_manifest, sidecar
@@ -59,11 +59,11 @@ def pull(spec: Spec, report: Report, *, lock_timeout_s: float = TIMEOUT_S) -> Pu
         )
     model = lookup(spec.model)
     present = _present(spec, model, spec.source.revision or model.commit)
+    if not present:
+        offer = _offer(spec, model, report)
+        present = _present(spec, model, offer.revision)
     if present:
-        return present
-    offer = _offer(spec, model, report)
-    present = _present(spec, model, offer.revision)
-    if present:
+        _tidy(present.snapshot.path, report, lock_timeout_s)
         return present
     adopted = _adopt(spec, offer, report)
     if adopted:
@@ -149,6 +149,14 @@ def _present(spec: Spec, model: Model, revision: str) -> PullResult | None:
             if manifest and (manifest.model, manifest.revision) == (model.id, revision):
                 return PullResult(snapshot, manifest, (), tuple(entry.path for entry in manifest.files), 0)
     return None
+
+
+def _tidy(path: Path, report: Report, lock_timeout_s: float) -> None:
+    """Remove what a run left that was killed after everything was in place, between its last steps."""
+    if is_unfinished(path):
+        with hold(sidecar(path) / "lock", report, timeout_s=lock_timeout_s):
+            if is_verified(path):
+                Incoming(path).discard()
 
 
 def _adopt(spec: Spec, offer: Offer, report: Report) -> PullResult | None:

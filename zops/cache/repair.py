@@ -9,8 +9,9 @@ from zops.cache.hashing import Hashed
 from zops.cache.hubs import Listed
 from zops.cache.incoming import Incoming
 from zops.cache.lock import TIMEOUT_S, hold
-from zops.cache.manifest import Finding, Manifest, sidecar
+from zops.cache.manifest import Finding, Manifest, clear_marker, sidecar
 from zops.cache.pull import bring
+from zops.cache.room import shortage_told
 from zops.cache.source import Offer, delivery_for
 from zops.cache.verify import Verification, findings_of, require_manifest, verify
 from zops.errors import ArchiveDamaged, SnapshotMissing, SourceFailed, UsageError
@@ -60,9 +61,12 @@ def repair(
     """
     springs = list(_springs(source, archive))
     manifest = require_manifest(snapshot)
-    with hold(sidecar(snapshot) / "lock", report, timeout_s=lock_timeout_s):
+    with hold(sidecar(snapshot) / "lock", report, timeout_s=lock_timeout_s), shortage_told():
         findings, hashed = findings_of(snapshot, manifest, report)
         bad = tuple(finding for finding in findings if finding.status not in {"ok", "extra"})
+        if bad:
+            # Before anything is written: on a full disk this is the last that can be done.
+            clear_marker(snapshot)
         incoming = Incoming(snapshot)
         # By hash, not by finding: a file whose hash is right and whose header is not cannot be mended.
         sound = {e.path: hashed[e.path] for e in manifest.files if _same(hashed, e.path, e.sha256)}

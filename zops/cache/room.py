@@ -14,7 +14,7 @@ from zops.host.disk import disk_of, nearest_existing
 RESERVE_BYTES = 64 << 20
 RESERVE_INODES = 64
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -55,7 +55,7 @@ def check_room(place: Path, size: int, files: int, report: Report) -> None:
 
 def shortage(error: OSError) -> HostShort | None:
     """Return what an operating system's error means for the operator, None when it says nothing of room or access."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         hint = "free space or set another cache.dir; what arrived is kept"
         return HostShort(f"the disk is full: {error}", code="disk-full", hint=hint)
     if error.errno in _CLOSED:

@@ -171,7 +171,7 @@ def _copier(root: Path) -> Delivery:
         except FileNotFoundError:
             raise HubFailure(f"is missing in {root}", final=True) from None
 
-    return Delivery(deliver)
+    return Delivery(deliver, fickle=False)
 
 
 def _snapshot_in(path: Path, model: str, revision: str | None) -> Path:
