@@ -20,7 +20,7 @@ from zops.cache.manifest import read_manifest, require_verified
 from zops.cache.pin import pin_from_hub
 from zops.cache.pull import pull
 from zops.cli.main import run
-from zops.errors import SnapshotDamaged, SnapshotMissing, SourceFailed
+from zops.errors import SnapshotDamaged, SnapshotMissing
 from zops.events import Event, Warned, silent
 from zops.spec import Source, Spec
 

@@ -7,7 +7,7 @@ STATUS = 99
 CHANGES = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.utime", "os.chmod", "shutil.rmtree"}
 
 
-def exit_at(moment: int, below: str = os.environ.get("TEST_EXIT_BELOW", "/")) -> None:
+def exit_at(moment: int, below: str) -> None:
     """Die before change number `moment` (from 0) to a path that holds `below`."""
     left = moment
 

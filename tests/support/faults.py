@@ -73,22 +73,25 @@ def schedules(*, stalls: bool = True) -> list[Schedule]:
 
 def make_fault(kind: str, dice: random.Random, size: int) -> Fault:
     """Return a fault of a kind for a file of that size."""
+    fault: Fault
     match kind:
         case "status":
-            return Status(dice.choice((408, 429, 500, 502, 503, 504)), 0)
+            fault = Status(dice.choice((408, 429, 500, 502, 503, 504)), 0)
         case "refusal":
-            return Status(dice.choice((401, 403, 404, 410)))
+            fault = Status(dice.choice((401, 403, 404, 410)))
         case "cut":
-            return Cut(dice.randrange(size))
+            fault = Cut(dice.randrange(size))
         case "stall":
-            return Stall(dice.randrange(size))
+            fault = Stall(dice.randrange(size))
         case "flip":
-            return Flip(dice.randrange(size))
+            fault = Flip(dice.randrange(size))
         case "short":
-            return Short(dice.randrange(size))
+            fault = Short(dice.randrange(size))
         case "whole":
-            return Whole()
-    return make_fault(dice.choice(KINDS[:-1]), dice, size)
+            fault = Whole()
+        case _:
+            fault = make_fault(dice.choice(KINDS[:-1]), dice, size)
+    return fault
 
 
 def play(schedule: Schedule, origin: Path, cache: Path) -> End:

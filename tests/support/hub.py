@@ -25,7 +25,7 @@ class Status:
     """Answer with an error status."""
 
     code: int
-    retry_after: float | None = None
+    retry_after: float | str | None = None
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`zops` with files in ranges of a size that a test can afford: `python -m tests.support.small_ranges cache pull ...`."""
+"""`zops` with ranges of a size that a test can afford: `python -m tests.support.small_ranges cache pull ...`."""
 
 import os
 import sys
@@ -23,8 +23,8 @@ def command(*arguments: str) -> list[str]:
 
 if __name__ == "__main__":
     shrink()
-    if delay := os.environ.get("TEST_EXIT_AT"):
+    if moment := os.environ.get("TEST_EXIT_AT"):
         from tests.support.crash import exit_at
 
-        exit_at(int(delay))
+        exit_at(int(moment), os.environ["TEST_EXIT_BELOW"])
     sys.exit(run(sys.argv[1:]))
