@@ -1,6 +1,6 @@
 # Everything a newcomer needs: `make demo` shows the main job, `make test` proves it. Both set up what they need.
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test unit integration e2e check format docs constraints clean engine
+.PHONY: help setup demo test unit integration e2e check format docs constraints clean engine tools
 
 VENV   := .venv
 BIN    := $(VENV)/bin
@@ -19,17 +19,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt scripts/ensure-venv
 demo: setup ## Run the main job with no engine, no GPU and no download: under 3 minutes
 	@PATH="$(CURDIR)/$(BIN):$$PATH" scripts/demo
 
+tools: ## Bring the programs that tests call and that are no Python packages
+	@scripts/ensure-test-tools
+
 engine: ## Bring up a Docker engine (installs it on Debian as root where it is missing)
 	@scripts/ensure-engine
 	@scripts/ensure-base-image
 
-test: setup check engine ## Run every check and every test: unit, integration, e2e on a real engine
+test: setup check tools engine ## Run every check and every test: unit, integration, e2e on a real engine
 	@$(PYTEST) tests
 
 unit: setup ## Run the unit tests only (seconds)
 	@$(PYTEST) tests/unit
 
-integration: setup ## Run the integration tests only
+integration: setup tools ## Run the integration tests only
 	@$(PYTEST) tests/integration
 
 e2e: setup engine ## Run the end-to-end tests only

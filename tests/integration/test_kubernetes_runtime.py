@@ -12,8 +12,10 @@ import pytest
 
 from tests.support.deployments import kubernetes_deployment
 from tests.support.kubernetes_api import KubernetesApi, find_kubectl
-from zops.errors import RuntimeUnreachable, ZopsError
-from zops.events import Finished, Warned
+from zops.errors import NotReady, RuntimeUnreachable, ZopsError
+from zops.events import Finished, Warned, silent
+from zops.health import waiting
+from zops.health.waiting import wait_instance
 from zops.runtime import kubernetes
 from zops.runtime.base import drift
 from zops.runtime.kubernetes import KubernetesRuntime
@@ -307,3 +309,29 @@ def test_kubectl_alone_must_get_the_base_onto_the_server_as_documented(api, runt
     for arguments in (["-f", base / "namespace.yaml"], ["-k", base]):
         subprocess.run([*apply, *arguments], check=True, capture_output=True, timeout=60)
     assert runtime.find("zops").model == "Tongyi-MAI/Z-Image-Turbo"
+
+
+def test_waiting_must_believe_the_clusters_own_probe(api, runtime, deployment, monkeypatch):
+    monkeypatch.setattr(waiting, "LONGEST_PAUSE_S", 0.01)
+    runtime.up(deployment, silent)
+    set_status(api, state={"running": {"startedAt": "2026-11-23T12:00:00Z"}}, started=False, ready=False)
+    seen = []
+
+    def answer(name):
+        """Be ready from the third look on."""
+        seen.append(KubernetesRuntime(deployment.spec).find(name))
+        if len(seen) == 3:
+            set_status(api, state={"running": {"startedAt": "2026-11-23T12:00:00Z"}}, started=True, ready=True)
+        return seen[-1]
+
+    monkeypatch.setattr(runtime, "find", answer)
+    assert wait_instance(runtime, deployment, silent) >= 0
+    assert seen[0].health == "starting"
+    assert seen[-1].health == "healthy"
+
+
+def test_waiting_for_an_instance_that_ended_must_say_so_at_once(api, runtime, deployment):
+    runtime.up(deployment, silent)
+    set_status(api, phase="Failed", state={"terminated": {"exitCode": 4}}, started=False, ready=False)
+    with pytest.raises(NotReady, match="exited with status 4"):
+        wait_instance(runtime, deployment, silent)

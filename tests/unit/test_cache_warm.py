@@ -21,8 +21,9 @@ def test_mincore_must_agree_with_cachestat(file: Path) -> None:
     with file.open("rb") as stream:
         by_cachestat = warm._cachestat(stream.fileno(), file.stat().st_size)
         by_mincore = warm._mincore(stream.fileno(), file.stat().st_size)
-    if by_cachestat is None:
-        pytest.skip("this kernel has no cachestat(2)")
+        overlay = warm._is_overlay(stream.fileno())
+    if by_cachestat is None or overlay:
+        pytest.skip("cachestat(2) tells nothing here: the kernel has none, or this is overlayfs")
     assert by_mincore == by_cachestat == 257
 
 

@@ -145,6 +145,7 @@ def test_wheels_on_another_disk_must_be_copied(context, wheels, monkeypatch):
     copy = context / WHEELS / "torch-2.0-py3-none-any.whl"
     assert copy.read_bytes() == b"a wheel"
     assert not copy.samefile(wheels / copy.name)
+    assert copy.stat().st_mtime_ns == (wheels / copy.name).stat().st_mtime_ns, "the newest input dates the image"
 
 
 # --- the arguments

@@ -92,7 +92,7 @@ def test_a_body_that_does_not_arrive_must_be_given_up(serving, monkeypatch):
     assert (status, body["error"]["code"]) == (408, "body_too_slow")
 
 
-def test_a_good_probe_must_not_be_logged_and_a_bad_one_must(serving, log):
+def test_a_probe_must_be_logged_only_when_its_answer_changes(serving, log):
     assert call(serving, "GET", "/livez")[0] == 200
     assert log.getvalue() == ""
     status, headers, body, _ = call(serving, "GET", "/readyz")
@@ -100,6 +100,8 @@ def test_a_good_probe_must_not_be_logged_and_a_bad_one_must(serving, log):
     assert int(headers[b"retry-after"]) > 0
     line = json.loads(log.getvalue())
     assert (line["path"], line["status"]) == ("/readyz", 503)
+    call(serving, "GET", "/readyz")
+    assert len(log.getvalue().splitlines()) == 1
 
 
 def test_a_hostile_path_must_stay_on_one_log_line(serving, log):

@@ -115,7 +115,7 @@ def backup(
     check_names(item.member for item in planned)
     content_size = sum(m.size for m in manifests)
     write = _write_compressed if compression == "zstd" else _write_plain
-    text = f"backed up to {join(store, name)}"
+    text = f"backing up to {join(store, name)}"
     with task(report, "backup", text, total=content_size) as progress, store.open_writer(name) as writer:
         counting = _Counting(writer)
         write(_Tar(manifest.id, planned, progress), counting)

@@ -143,7 +143,7 @@ def verify_archive(archive: Location, report: Report = silent) -> ArchiveCheck:
     began = time.monotonic()
     with _opened(archive) as (stream, name):
         opened = open_stream(stream)
-        with task(report, "verify-archive", f"verified {name}", total=opened.size) as progress:
+        with task(report, "verify-archive", f"verifying {name}", total=opened.size) as progress:
             for _, data in opened.read():
                 for block in data:
                     progress.advance(len(block))
@@ -205,7 +205,7 @@ def _restore_missing(
     check_room(cache_dir, size, sum(len(c.files) + len(c.directories) + 4 for c, _ in missing))
     with ExitStack() as stack:
         staged = [_Staged(c, stack.enter_context(staging(target)), target) for c, target in missing]
-        with task(report, "restore", f"restored from {name}", total=opened.size) as progress:
+        with task(report, "restore", f"restoring from {name}", total=opened.size) as progress:
             _write_all(opened, staged, progress)
             for snapshot in staged:
                 snapshot.complete()

@@ -26,6 +26,7 @@ RESERVE_SHARE = 0.05
 # In the order in which the pipeline's loader reads them.
 LOADING_ORDER = ("text_encoder", "transformer", "vae")
 
+OVERLAY_MAGIC = 0x794C7630  # linux/magic.h
 _CACHESTAT = 451  # the same number on every architecture, since Linux 6.5
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -145,7 +146,7 @@ def resident_bytes(path: Path) -> int:
         size = os.fstat(stream.fileno()).st_size
         if size == 0:
             return 0
-        pages = _cachestat(stream.fileno(), size)
+        pages = None if _is_overlay(stream.fileno()) else _cachestat(stream.fileno(), size)
         if pages is None:
             pages = _mincore(stream.fileno(), size)
     return min(size, pages * mmap.PAGESIZE)
@@ -169,6 +170,17 @@ def _read_ahead(descriptor: int, offset: int, count: int) -> None:
     status = _libc.readahead(descriptor, ctypes.c_int64(offset), ctypes.c_size_t(count))
     if status != 0:
         os.pread(descriptor, count, offset)
+
+
+def _is_overlay(descriptor: int) -> bool:
+    """Tell whether a file lies on overlayfs, whose own inodes hold no pages: they are with the file below.
+
+    A mapping leads to the file below, cachestat(2) does not, and would call a warm file cold.
+    """
+    answer = ctypes.create_string_buffer(256)  # struct statfs is 120 bytes on 64-bit Linux; its first word is the type
+    if _libc.fstatfs(descriptor, answer) != 0:
+        return False
+    return ctypes.c_long.from_buffer(answer).value == OVERLAY_MAGIC
 
 
 class _Range(ctypes.Structure):

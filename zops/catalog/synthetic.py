@@ -94,7 +94,7 @@ def synthesize(
     try:
         _prepare(directory, hidden, what)
         model = MODEL_IDS[size]
-        with task(report, "synthesize", f"random weights of {model}", total=what.size) as counter:
+        with task(report, "synthesize", f"writing random weights of {model}", total=what.size) as counter:
             written = tuple(_write(hidden, what, seed, counter))
             made = Synthetic(model, revision_of(seed), written)
             if seal:

@@ -53,7 +53,7 @@ def generate(
 
     files = plan_files(target, count, force=force)
     client = Client(url or address(loaded.spec), timeout_s=loaded.spec.serve.request_timeout_s + 5)
-    with out.progress() as report, task(report, "generate", f"made {count} image(s)", unit="images"):
+    with out.progress() as report, task(report, "generate", f"making {count} image(s)", unit="images"):
         made = client.generate(
             prompt, size=size, seed=seed, n=count, forwards=forwards, output_format=FORMATS[target.suffix.lower()]
         )

@@ -8,7 +8,7 @@ import click
 from zops.cli.options import with_spec
 from zops.cli.output import Output
 from zops.runtime.base import Instance
-from zops.runtime.deployment import bring_up, deploy, drift_of, end_of
+from zops.runtime.deployment import bring_up, deploy, drift_of
 from zops.runtime.select import open_local_runtimes, open_runtime
 from zops.spec import Loaded
 
@@ -35,10 +35,9 @@ def up(*, loaded: Loaded, out: Output, wait: bool) -> None:
     with out.progress() as report:
         instance = bring_up(runtime, deployment, report)
         if wait:
-            from zops.health.ready import wait_ready  # noqa: PLC0415 - --no-wait need not pay for a client
+            from zops.health.waiting import wait_instance  # noqa: PLC0415 - --no-wait need not pay for a client
 
-            timeout_s = loaded.spec.serve.startup_timeout_s
-            wait_ready(deployment.url, timeout_s=timeout_s, alive=end_of(runtime, deployment.name), report=report)
+            wait_instance(runtime, deployment, report)
             instance = runtime.find(deployment.name) or instance
     out.data(as_json(instance), f"{instance.name} {'is ready' if wait else 'is up'} at {instance.url}")
 
@@ -108,7 +107,8 @@ def as_json(instance: Instance) -> dict[str, Any]:
 def _row(instance: Instance, loaded: Loaded, drift: list[str] | None) -> tuple[str, ...]:
     own = (instance.name, instance.runtime) == (loaded.spec.name, loaded.spec.runtime)
     drifted = ("?" if own else "-") if drift is None else ", ".join(drift) or "none"
-    state = instance.state if instance.exit_code is None else f"{instance.state} ({instance.exit_code})"
+    ended = instance.exit_code is not None and not instance.running
+    state = f"{instance.state} ({instance.exit_code})" if ended else instance.state
     return (
         instance.name,
         instance.runtime,

@@ -87,12 +87,12 @@ class _Phases:
             return
         self.close()
         self.current, self._since = phase, time.monotonic()
-        self._report(Started(f"ready:{phase}", f"instance: {phase}"))
+        self._report(Started(f"ready:{phase}", f"instance: {phase}", unit=""))
 
     def close(self) -> tuple[tuple[str, float], ...]:
         if self.current:
             seconds = time.monotonic() - self._since
             self._done.append((self.current, seconds))
-            self._report(Finished(f"ready:{self.current}", f"instance: {self.current} done", seconds))
+            self._report(Finished(f"ready:{self.current}", f"instance: {self.current}", seconds))
             self.current = ""
         return tuple(self._done)

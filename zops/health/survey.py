@@ -75,7 +75,7 @@ def survey(
         _wait(runtime, spec, wait_s, report)
     instances = [instance for instance in runtime.instances() if name is None or instance.name == name]
     healths = []
-    with task(report, "health", "judged instances", total=len(instances), unit="instances") as counter:
+    with task(report, "health", "judging instances", total=len(instances), unit="instances") as counter:
         for instance in instances:
             healths.append(_judge(instance, runtime, spec, deep=deep))
             counter.advance(1)

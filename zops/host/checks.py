@@ -50,7 +50,8 @@ def _serve_extra(context: Context) -> Finding:
         return skipped(f"only runtime: process serves with this Python, this is {context.spec.runtime}")
     missing = [name for name in SERVE_MODULES if importlib.util.find_spec(name) is None]
     if missing:
-        return fail(f"not installed: {', '.join(missing)}", "pip install 'zops[serve]'", missing=missing)
+        remedy = "in the source checkout of zops: pip install '.[serve]'"
+        return fail(f"not installed: {', '.join(missing)}", remedy, missing=missing)
     return ok("everything that serving imports is installed", modules=list(SERVE_MODULES))
 
 

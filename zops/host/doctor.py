@@ -258,7 +258,7 @@ def diagnose(
         )
     chosen = [check for check in checks if not only or check.id in only]
     results = []
-    with task(report, "doctor", "examined this host", total=len(chosen), unit="checks") as counter:
+    with task(report, "doctor", "examining this host", total=len(chosen), unit="checks") as counter:
         for check in chosen:
             results.append(check.run(context))
             counter.advance(1)

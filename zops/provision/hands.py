@@ -7,10 +7,9 @@ from zops.cache.pull import pull
 from zops.cache.verify import verify
 from zops.cache.warm import warm
 from zops.events import Report
-from zops.health.ready import wait_ready
+from zops.health.waiting import wait_instance
 from zops.provision import canary
 from zops.runtime.base import Deployment, Instance, Runtime, WriteRefused
-from zops.runtime.deployment import end_of
 from zops.spec import Spec
 
 
@@ -49,13 +48,7 @@ class Hands:
 
     def wait(self, runtime: Runtime, deployment: Deployment, report: Report) -> str:
         """Wait until the instance is ready."""
-        ready = wait_ready(
-            deployment.url,
-            timeout_s=deployment.spec.serve.startup_timeout_s,
-            alive=end_of(runtime, deployment.name),
-            report=report,
-        )
-        return f"ready after {ready.seconds:.1f} s"
+        return f"ready after {wait_instance(runtime, deployment, report):.1f} s"
 
     def make_canary(self, deployment: Deployment, instance: Instance) -> str:
         """Make and keep the canary image."""

@@ -119,15 +119,15 @@ class DockerRuntime:
         """
         old = self._settle(deployment.name)
         if old is None:
-            with task(report, "up", f"start {container_name(deployment.name)}"):
+            with task(report, "up", f"starting {container_name(deployment.name)}"):
                 return self._instance(self._make(deployment))
         instance = self._instance(old)
         if drift(deployment, instance) or instance.state == "dead":
-            with task(report, "up", f"recreate {old.name}, which differs"):
+            with task(report, "up", f"recreating {old.name}, which differs"):
                 return self._instance(self._replace(old, deployment))
         if instance.state in {"running", "restarting"}:
             return instance
-        with task(report, "up", f"start {old.name} again"):
+        with task(report, "up", f"starting {old.name} again"):
             if instance.state == "paused":
                 with engine_errors(f"resuming {old.name}"):
                     old.unpause()
@@ -254,7 +254,7 @@ class DockerRuntime:
 
     def _pull(self, name: str, report: Report) -> None:
         repository, tag = parse_repository_tag(name)
-        with task(report, "image", f"pull {name}"), engine_errors(f"pulling {name}"):
+        with task(report, "image", f"pulling {name}"), engine_errors(f"pulling {name}"):
             try:
                 follow(self._client.api.pull(repository, tag=tag or "latest", stream=True, decode=True), name, report)
             except APIError as error:

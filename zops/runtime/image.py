@@ -106,7 +106,7 @@ def build_image(engine: str, image: Image, report: Report, *, tag: str | None = 
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     with (
-        task(report, "image-build", f"image {name} built", unit="steps"),
+        task(report, "image-build", f"building {name}", unit="steps"),
         tempfile.TemporaryDirectory(prefix="zops-build-") as temporary,
         log.open("w", encoding="utf-8") as stream,
     ):
@@ -237,7 +237,8 @@ def _link(source: Path, target: Path) -> None:
     try:
         target.hardlink_to(source.resolve())
     except OSError:
-        shutil.copyfile(source, target)
+        # With its time: the newest input dates the image, and equal inputs must give an equal one.
+        shutil.copy2(source, target)
 
 
 def _revision() -> str:

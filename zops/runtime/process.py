@@ -125,7 +125,7 @@ class ProcessRuntime:
             differs = old is not None and bool(drift(deployment, old))
             if old and not differs and old.state in {"running", "restarting"}:
                 return old
-            with task(report, "up", f"{'recreate' if differs else 'start'} {deployment.name}"):
+            with task(report, "up", f"{'recreating' if differs else 'starting'} {deployment.name}"):
                 self._start(deployment, old, report)
         started = self.find(deployment.name)
         assert started, "it was just started under a lock"

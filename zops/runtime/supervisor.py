@@ -204,7 +204,7 @@ class Supervisor:
             process_group=0,
             preexec_fn=_prepare_child,  # noqa: PLW1509 - no other thread runs here: the log's ended with the last child
         )
-        self._record(child=Identity.of(child.pid), started_at=_now(), exit_code=None)
+        self._record(child=Identity.of(child.pid), started_at=_now())
         self._log.note(f"started {' '.join(self._argv)} as process {child.pid}")
         return child
 

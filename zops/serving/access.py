@@ -10,7 +10,7 @@ from typing import IO
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-# Probes come every few seconds; they are logged only when they are not answered with 200.
+# Probes come every few seconds; one is logged only when its answer is another than the last, or a bad first one.
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health", "/v1/health/live", "/v1/health/ready", "/metrics"})
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -21,6 +21,7 @@ class AccessLog:
     def __init__(self, app: ASGIApp, log: logging.Logger) -> None:
         self._app = app
         self._log = log
+        self._probed: dict[str, int] = {}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass one request on."""
@@ -44,8 +45,10 @@ class AccessLog:
             self._write(scope, request_id, status, time.monotonic() - began)
 
     def _write(self, scope: Scope, request_id: str, status: int, seconds: float) -> None:
-        if status == 200 and scope["path"] in QUIET_PATHS:
-            return
+        if scope["path"] in QUIET_PATHS:
+            last, self._probed[scope["path"]] = self._probed.get(scope["path"], 200), status
+            if status == last:
+                return
         fields = {
             "request_id": request_id,
             "method": scope["method"],

@@ -60,7 +60,7 @@ def require_extra() -> None:
         raise ZopsError(
             f"this installation cannot serve, it lacks {', '.join(missing)}",
             code="serve-extra-missing",
-            hint='pip install "zops[serve]"',
+            hint="in the source checkout of zops: pip install '.[serve]'",
         )
 
 
@@ -135,7 +135,7 @@ async def _serve(
     try:
         # Before the web framework is imported: the worker's imports take longer, and run on another core meanwhile.
         scheduler.begin()
-        server = _http_server(scheduler, limits, spec, manifest, metrics, log_json=log_json)
+        server = _http_server(scheduler, limits, spec.model, (snapshot, manifest), metrics, log_json=log_json)
         address = f"http://{spec.serve.host}:{spec.serve.port}"
         report(Finished("listen", f"listening on {address}", time.monotonic() - began))
         return await _until_stopped(server, scheduler, listener, stop)
@@ -152,7 +152,9 @@ def visible_gpus(spec: Spec) -> str | None:
     return ",".join(str(gpu) for gpu in spec.gpus)
 
 
-def _http_server(scheduler: Any, limits: Any, spec: Spec, manifest: Manifest, metrics: Any, *, log_json: bool) -> Any:
+def _http_server(
+    scheduler: Any, limits: Any, model: str, served: tuple[Path, Manifest], metrics: Any, *, log_json: bool
+) -> Any:
     import uvicorn  # noqa: PLC0415 - only once the worker is on its way
 
     from zops.serving.access import AccessLog, set_up_log  # noqa: PLC0415
@@ -165,7 +167,8 @@ def _http_server(scheduler: Any, limits: Any, spec: Spec, manifest: Manifest, me
         def capture_signals(self) -> Iterator[None]:
             yield
 
-    identity = Identity(spec.model, manifest.revision, manifest.digest, snapshot)
+    snapshot, manifest = served
+    identity = Identity(model, manifest.revision, manifest.digest, snapshot)
     app = AccessLog(create_app(scheduler, limits, identity, metrics), set_up_log(as_json=log_json))
     return Server(
         uvicorn.Config(
