@@ -170,7 +170,8 @@ def test_the_password_of_a_mirror_must_not_get_into_the_manifest_or_the_lock(tmp
     endpoint = hub.url.replace("://", "://joe:pass-word@")
     cache = tmp_path / "cache"
     program = [sys.executable, "-m", "zops", "cache", "pull", "--model", MODEL, "--output", "json"]
-    settings = {"cache.dir": cache, "source.kind": "huggingface", "source.endpoint": endpoint}
+    # The endpoint first: a lock holds the beginning of a long command line only.
+    settings = {"source.endpoint": endpoint, "source.kind": "huggingface", "cache.dir": cache}
     hub.hold_bodies(after=1)
     process = subprocess.Popen(
         program + [flag for key, value in settings.items() for flag in ("--set", f"{key}={value}")],

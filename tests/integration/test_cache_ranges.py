@@ -281,3 +281,13 @@ def test_nothing_must_be_verified_by_a_record_alone(tmp_path: Path, hub: Hub) ->
     assert read_marker(snapshot) is None
     pull.pull(spec, silent)
     assert is_verified(snapshot)
+
+
+@pytest.mark.parametrize("kind", HUBS)
+def test_a_connection_that_only_trickles_must_be_given_up(
+    tmp_path: Path, hub: Hub, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch, "SLOW_WINDOW_S", 0.0)
+    monkeypatch.setattr(fetch, "SLOWEST_BYTES_S", 1 << 60)
+    with pytest.raises(SourceFailed, match="bytes a second"):
+        pull.pull(specify(tmp_path, hub, kind), silent)

@@ -4,7 +4,6 @@ A large file comes in ranges over several connections at once where the source c
 stream each. A file ends once: as right, or with the failure that its last attempt met.
 """
 
-import os
 import queue
 import threading
 import time
@@ -14,9 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from zops.cache import ranges
-from zops.cache.hashing import Hashed, Stopped, git_sha1_file, sha256_file
+from zops.cache.arrival import accept
+from zops.cache.hashing import Hashed, Stopped
 from zops.cache.hubs import Advance, HubFailure, Listed, RangesIgnored, Span, Take
-from zops.cache.manifest import stat_key
 from zops.errors import SourceFailed, ZopsError
 from zops.events import Finished, Progressed, Report, Started, Task, Warned, task
 
@@ -42,8 +41,6 @@ OWN_BAR_BYTES = 8_000_000
 # Progress is told in steps of this size; a connection brings some kilobytes at a time.
 TOLD_BYTES = 1 << 20
 TOLD_S = 0.1
-
-EMPTY_SHA256 = "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,32 +259,35 @@ class _Job:
                 self._conclude()
 
     def _fill(self, span: Span) -> None:
-        at, furthest = span[0], span[0]
+        at, furthest, slow = span[0], span[0], False
         deliver = self._run.delivery.span
         assert deliver is not None
 
         def attempt() -> None:
-            began, begun_at = time.monotonic(), at
+            nonlocal slow
+            slow, began, begun_at = False, time.monotonic(), at
 
             def take(block: bytes) -> None:
-                nonlocal at
+                nonlocal at, slow
                 block = block[: span[1] - at]
                 self._partial.write(at, block)
                 at += len(block)
                 self._advance(len(block))
                 seconds = time.monotonic() - began
-                if seconds > SLOW_WINDOW_S and (at - begun_at) / seconds < SLOWEST_BYTES_S:
+                slow = at < span[1] and seconds > SLOW_WINDOW_S and (at - begun_at) / seconds < SLOWEST_BYTES_S
+                if slow:
                     raise HubFailure(f"less than {SLOWEST_BYTES_S} bytes a second came")
 
             self._check()
-            deliver(self._file, (at, span[1]), take)
+            if at < span[1]:  # else the last attempt failed behind the last byte
+                deliver(self._file, (at, span[1]), take)
             if at < span[1]:
                 raise HubFailure(f"{span[1] - at} bytes of a range did not come")
 
         def moved() -> bool:
             nonlocal furthest
             further, furthest = at > furthest, at
-            return further
+            return further and not slow
 
         patiently(attempt, moved=moved, wait=self._wait)
 
@@ -371,32 +371,6 @@ def _bound(bring: Callable[[Span], None], span: Span) -> Callable[[], None]:
     return lambda: bring(span)
 
 
-def accept(file: Listed, path: Path) -> Hashed:
-    """Hash a file that arrived, make it durable and return its SHA-256; remove it when it is not what was listed.
-
-    Raises:
-        HubFailure: saying what differs.
-    """
-    try:
-        stat = stat_key(path)
-    except FileNotFoundError:
-        raise HubFailure("the SDK reported success and left no file") from None
-    sha256 = sha256_file(path)
-    wrong = ""
-    if stat[0] != file.size:
-        wrong = f"{stat[0]} bytes arrived instead of {file.size}"
-    elif file.sha256 is not None and sha256 != file.sha256:
-        wrong = f"its SHA-256 is {sha256[:12]} instead of {file.sha256[:12]}"
-    elif file.sha256 is None and file.git_sha1 is not None and git_sha1_file(path) != file.git_sha1:
-        wrong = "its git hash is not the listed one"
-    if wrong:
-        path.unlink()
-        raise HubFailure("the source sent 0 bytes" if sha256 == EMPTY_SHA256 else wrong)
-    with path.open("rb") as stream:
-        os.fsync(stream.fileno())
-    return sha256, stat
-
-
 def _undelivered(failures: dict[str, HubFailure], total: int) -> ZopsError:
     shown = "; ".join(f"{path}: {failure.text}" for path, failure in list(failures.items())[:3])
     more = f"; and {len(failures) - 3} more" if len(failures) > 3 else ""
@@ -406,11 +380,3 @@ def _undelivered(failures: dict[str, HubFailure], total: int) -> ZopsError:
         hint="what arrived is kept; run the same command again to go on",
         files={path: failure.text for path, failure in failures.items()},
     )
-
-
-def warn_without_digests(files: Sequence[Listed], report: Report) -> bool:
-    """Tell the operator of files that nobody but this disk vouches for; return whether there are any."""
-    bare = [file.path for file in files if file.sha256 is None and file.git_sha1 is None]
-    if bare:
-        report(Warned(f"the source lists no hash of {len(bare)} file(s); what arrives is recorded as it is"))
-    return bool(bare)

@@ -282,10 +282,8 @@ def _range_header(span: Span) -> dict[str, str]:
 
 def _check_range(status: int, content_range: str | None, span: Span, size: int) -> None:
     """Refuse an answer that is not the range that was asked for."""
-    if status != PARTIAL_CONTENT:
-        raise RangesIgnored
     match = _CONTENT_RANGE.fullmatch(content_range or "")
-    if match is None or int(match[1]) != span[0]:
+    if status != PARTIAL_CONTENT or match is None or int(match[1]) != span[0]:
         raise RangesIgnored
     if match[3] not in {"*", str(size)}:
         raise HubFailure(f"the hub has {match[3]} bytes of it, and listed {size}")

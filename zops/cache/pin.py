@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from zops.cache.fetch import warn_without_digests
+from zops.cache.arrival import warn_without_digests
 from zops.cache.hashing import git_sha1_file, sha256_file
 from zops.cache.hubs import Listed
 from zops.cache.layout import INDEX

@@ -5,7 +5,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from zops.cache.fetch import fetch, warn_without_digests
+from zops.cache.arrival import warn_without_digests
+from zops.cache.fetch import fetch
 from zops.cache.hashing import Hashed, hash_files
 from zops.cache.hubs import Listed
 from zops.cache.incoming import INCOMPLETE, PARTIAL, Incoming, is_unfinished, prune_empty
