@@ -287,7 +287,9 @@ def test_the_command_line_must_tell_by_its_exit_status_what_is_wrong(
 
 def test_a_directory_must_be_pinned_and_verified_by_its_path(origin: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(origin, tmp_path / "plain")
-    code, body, _ = call(capsys, tmp_path / "cache", "pin", str(tmp_path / "plain"), "--revision", "mine")
+    code, body, _ = call(
+        capsys, tmp_path / "cache", "pin", str(tmp_path / "plain"), "--from-disk", "--revision", "mine"
+    )
     assert (code, body["revision"], body["origin"]) == (0, "mine", "local")
     assert call(capsys, tmp_path / "cache", "verify", str(tmp_path / "plain"), "--deep")[0] == 0
 

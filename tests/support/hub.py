@@ -25,7 +25,7 @@ class Status:
     """Answer with an error status."""
 
     code: int
-    retry_after: float | None = None
+    retry_after: float | str | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,12 @@ class Short:
     size: int
 
 
-Fault = Status | Cut | Stall | Flip | Short
+@dataclass(frozen=True)
+class Whole:
+    """Answer a request for a range with the whole file."""
+
+
+Fault = Status | Cut | Stall | Flip | Short | Whole
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,8 @@ class Request:
     path: str
     file: str | None
     range_start: int | None
+    range_end: int | None = None
+    """Behind the last byte that was asked for; None for all that follow."""
 
 
 @dataclass(frozen=True)
@@ -94,19 +101,38 @@ class File:
 
 
 class Hub:
-    """The server. `commit` is what its branches and tags stand for; `digests` and `ranges` switch abilities off."""
+    """The server. `commit` is what its branches and tags stand for; `digests` and `ranges` switch abilities off.
 
-    def __init__(self, root: Path, model: str, *, digests: bool = True, ranges: bool = True, port: int = 0) -> None:
+    With a `token` it refuses whoever does not show it; `pace_s` is how long it waits before each piece of a body.
+    """
+
+    def __init__(
+        self,
+        root: Path,
+        model: str,
+        *,
+        digests: bool = True,
+        ranges: bool = True,
+        port: int = 0,
+        token: str = "",
+        pace_s: float = 0.0,
+    ) -> None:
         self.model = model
         self.digests = digests
         self.ranges = ranges
+        self.token = token
+        self.pace_s = pace_s
         self.requests: list[Request] = []
+        self.sent: dict[str, int] = defaultdict(int)
+        """Bytes of the bodies that were sent, by file."""
         self.closing = threading.Event()
         self.gate = threading.Event()
         """Cleared by `hold_bodies`, set to let them go on."""
         self.hold_after = 0
         self.gate.set()
         self.holding = threading.Event()
+        self.refuse_after: dict[str, int] = {}
+        """File -> bytes of it after which every request for it is refused."""
         self._faults: dict[str, deque[Fault]] = defaultdict(deque)
         self._lock = threading.Lock()
         places = sorted(p for p in root.rglob("*") if p.is_file() and ".zops" not in p.parts)
@@ -144,6 +170,10 @@ class Hub:
         with self._lock:
             return self._faults[name].popleft() if self._faults[name] else None
 
+    def count(self, name: str, size: int) -> None:
+        with self._lock:
+            self.sent[name] += size
+
     def knows(self, revision: str) -> bool:
         return revision in {self.commit, "master", "main", "v1"}
 
@@ -176,11 +206,14 @@ class _Handler(BaseHTTPRequestHandler):
         hub, model = self.hub, self.hub.model
         file = self._file_asked_for(path, query)
         span = self.headers.get("Range", "")
-        start = int(span.removeprefix("bytes=").partition("-")[0]) if span.startswith("bytes=") else None
-        hub.requests.append(Request(self.command, path, file, start))
+        first, _, last = span.removeprefix("bytes=").partition("-")
+        start, end = int(first) if first else None, int(last) + 1 if last else None
+        hub.requests.append(Request(self.command, path, file, start, end))
         try:
-            if file is not None:
-                self._send_file(hub.files[file], start)
+            if hub.token and self.headers.get("Authorization") != f"Bearer {hub.token}":
+                self._send_json({"Code": 401, "Message": f"not with {self.headers.get('Authorization')}"}, 401)
+            elif file is not None:
+                self._send_file(hub.files[file], start, end)
             elif path == f"/api/v1/models/{model}/revisions":
                 branches = [{"Revision": "master", "CommitId": hub.commit}]
                 self._send_json({"Code": 200, "Data": {"RevisionMap": {"Branches": branches, "Tags": []}}})
@@ -231,8 +264,10 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(content)
 
-    def _send_file(self, file: File, start: int | None) -> None:
+    def _send_file(self, file: File, start: int | None, end: int | None) -> None:
         fault = self.hub.next_fault(file.name) if self.command == "GET" else None
+        if self.hub.sent[file.name] >= self.hub.refuse_after.get(file.name, 1 << 62):
+            fault = Status(403)
         if isinstance(fault, Status):
             self._send_error(fault)
             return
@@ -242,7 +277,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif isinstance(fault, Flip):
             content = bytearray(content)
             content[fault.offset] ^= 1
-        if start is not None and self.hub.ranges:
+        if start is not None and self.hub.ranges and not isinstance(fault, Whole):
             if start >= len(content):
                 self.send_response(416)
                 self.send_header("Content-Range", f"bytes */{len(content)}")
@@ -250,8 +285,9 @@ class _Handler(BaseHTTPRequestHandler):
                 self.end_headers()
                 return
             self.send_response(206)
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
-            content = content[start:]
+            end = min(end or len(content), len(content))
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{len(content)}")
+            content = content[start:end]
         else:
             self.send_response(200)
         self.send_header("Content-Type", "application/octet-stream")
@@ -260,20 +296,24 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if self.command == "GET":
-            self._send_body(bytes(content), fault)
+            self._send_body(file.name, bytes(content), fault)
 
-    def _send_body(self, content: bytes, fault: Fault | None) -> None:
+    def _send_body(self, name: str, content: bytes, fault: Fault | None) -> None:
         if isinstance(fault, Cut | Stall):
             self.wfile.write(content[: fault.after])
             self.wfile.flush()
+            self.hub.count(name, min(fault.after, len(content)))
             if isinstance(fault, Stall):
                 self.hub.closing.wait(30)
             self.close_connection = True
             self.connection.shutdown(2)
             return
         for offset in range(0, len(content), CHUNK):
+            if self.hub.pace_s:
+                self.hub.closing.wait(self.hub.pace_s)
             self.wfile.write(content[offset : offset + CHUNK])
             self.wfile.flush()
+            self.hub.count(name, len(content[offset : offset + CHUNK]))
             if self.hub.hold_after <= offset + CHUNK < len(content) and not self.hub.gate.is_set():
                 self.hub.holding.set()
                 self.hub.gate.wait(30)

@@ -5,6 +5,7 @@ import json
 
 import pytest
 
+from zops.cli import bars
 from zops.cli.output import Output, duration, format_table, size
 from zops.errors import HostShort, UsageError
 from zops.events import Finished, Progressed, Started, Warned, silent, task
@@ -162,3 +163,38 @@ def test_long_work_in_a_log_must_tell_how_far_it_is_now_and_then(monkeypatch: py
         report(Started("check", "checking", 4, "checks"))
         report(Progressed("check", 1, 4))
     assert rest.getvalue() == "pulling: 25 %, 500.00 kB of 2.00 MB\nchecking: 25 %, 1 of 4 checks\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "width", "shown"),
+    [("vae/config.json", 20, "vae/config.json"), ("transformer/shard-1-of-3.safetensors", 20, "…-1-of-3.safetensors"),
+     ("transformer/shard-1-of-3.safetensors", -5, "…f-3.safetensors")],
+)  # fmt: skip
+def test_a_long_text_must_be_cut_at_its_front(text: str, width: int, shown: str) -> None:
+    assert bars.shortened(text, width) == shown
+
+
+@pytest.mark.parametrize(
+    ("done", "total", "shown"),
+    [(0, 7, "0 / 7 B"), (230e6, 9.97e9, "0.23 / 9.97 GB"), (12e9, 320e9, "12 / 320 GB"), (5e5, 2e6, "0.50 / 2.00 MB")],
+)
+def test_both_numbers_of_a_bar_must_be_in_one_unit(done: float, total: float, shown: str) -> None:
+    assert bars.share_of(done, total) == shown
+
+
+@pytest.mark.parametrize(("seconds", "shown"), [(0.4, "0:00"), (67, "1:07"), (3723, "1:02:03")])
+def test_the_time_left_must_be_a_clock(seconds: float, shown: str) -> None:
+    assert bars.clock(seconds) == shown
+
+
+def test_a_line_of_progress_must_tell_rate_and_time_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr("zops.cli.progress.time.monotonic", lambda: now)
+    out, _, rest = sink("plain")
+    with out.progress() as report:
+        report(Started("pull", "pulling", 1_000_000_000))
+        # An earlier run had brought half of it: that took no time now.
+        report(Progressed("pull", 500_000_000, 1_000_000_000))
+        now += 20
+        report(Progressed("pull", 700_000_000, 1_000_000_000))
+    assert rest.getvalue() == "pulling: 70 %, 700.00 MB of 1.00 GB, 10.00 MB/s, 30.0 s left\n"

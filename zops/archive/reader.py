@@ -89,6 +89,18 @@ class Archive(ABC):
             ArchiveDamaged: at the first byte, header or end that is wrong; for data, after it was yielded.
         """
 
+    @abstractmethod
+    def read_file(self, stream: BinaryIO, name: str) -> Iterator[memoryview]:
+        """Yield the data of one file; whether it is right is for the caller to find out by its hash.
+
+        Args:
+            stream: the same archive, opened once more, so that several files can be read at once.
+            name: of the member, one of `members`.
+
+        Raises:
+            ArchiveDamaged: when the archive is cut or damaged there.
+        """
+
 
 class OwnArchive(Archive):
     """An archive that zops made: index and manifest vouch for every byte of it."""
@@ -141,6 +153,33 @@ class OwnArchive(Archive):
             raise ArchiveDamaged("headers or padding of the archive are not what the index says")
         stream.finish()
 
+    def read_file(self, stream: BinaryIO, name: str) -> Iterator[memoryview]:
+        """See `Archive`: the index tells where the file is, and only the frames with it are read."""
+        entry = next(entry for entry in self._index.entries if entry.member.name == name)
+        first, end = entry.offset, entry.offset + entry.member.size
+        position = packed = 0
+        wanted = []
+        for frame in self._index.frames:
+            if position < end and position + frame.size > first:
+                wanted.append(frame)
+            elif not wanted:
+                packed, first, end = packed + frame.compressed, first - frame.size, end - frame.size
+                continue
+            position += frame.size
+        stream.seek(packed if self._index.frames else first)
+        if self._index.frames:
+            frames = ((stream.read(frame.compressed), frame) for frame in wanted)
+            pieces = in_order(lambda pair: _content(*pair), frames)
+        else:
+            pieces, first = read_pieces(stream, entry.member.size), 0
+        left = entry.member.size
+        for piece in pieces:
+            block = memoryview(piece)[first : first + left]
+            first, left = 0, left - len(block)
+            yield block
+        if left:
+            raise ArchiveDamaged(f"the archive ends within {name!r}: it is cut", member=name)
+
     def _pieces(self) -> Iterator[bytes]:
         self._stream.seek(0)
         if self._index.frames:
@@ -186,6 +225,17 @@ class ForeignArchive(Archive):
                 for _ in data:
                     pass
         stream.finish()
+
+    def read_file(self, stream: BinaryIO, name: str) -> Iterator[memoryview]:
+        """See `Archive`: nothing tells where the file is, so all that lies before it is read."""
+        tar = TarStream(decompressed(stream))
+        while member := tar.member():
+            if foreign.cleaned(member).name == name and member.kind == "file":
+                yield from tar.data(member)
+                return
+            for _ in tar.data(member):
+                pass
+        raise ArchiveDamaged(f"the archive changed while it was read: {name!r} is gone", member=name)
 
 
 def open_stream(stream: BinaryIO, *, room: int = 1 << 62) -> Archive:

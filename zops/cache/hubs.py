@@ -13,17 +13,24 @@ What the SDKs (modelscope-hub 0.5, huggingface_hub 2.4) do and do not promise, a
 import fnmatch
 import logging
 import os
+import re
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Protocol, Self
 
+from zops.cache.redact import redacted
 from zops.cache.room import shortage
 from zops.errors import SourceFailed
 
 Advance = Callable[[int], None]
+Take = Callable[[bytes], None]
+Span = tuple[int, int]
+"""Offsets in a file: of the first byte, and of the one behind the last."""
 
 # Set before the SDKs are imported, for they read them once; what the operator set stays.
 SDK_ENVIRONMENT = {
@@ -37,6 +44,11 @@ SDK_ENVIRONMENT = {
 # Statuses after which asking again is pointless: bad request, no permission, not there, gone, blocked by law.
 FINAL_STATUSES = frozenset({400, 401, 403, 404, 410, 451})
 RANGE_REFUSED = 416
+PARTIAL_CONTENT = 206
+# What one read from a connection may bring at most.
+BLOCK = 1 << 20
+
+_CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +74,13 @@ class HubFailure(Exception):
         self.retry_after_s = retry_after_s
 
 
+class RangesIgnored(HubFailure):
+    """The hub answered a request for a range with something else: only whole files can be had from it."""
+
+    def __init__(self) -> None:
+        super().__init__("the hub gives whole files only", final=True)
+
+
 class Hub(Protocol):
     """What a hub must be able to do. Every method makes one attempt and raises `HubFailure`."""
 
@@ -78,6 +97,9 @@ class Hub(Protocol):
 
     def fetch_file(self, model: str, commit: str, file: Listed, target: Path, advance: Advance) -> None:
         """Bring one file to `target`, going on where an earlier attempt stopped; `advance` may be given less than 0."""
+
+    def fetch_span(self, model: str, commit: str, file: Listed, span: Span, take: Take) -> None:
+        """Give the bytes of a range of a file to `take`, in order; raises `RangesIgnored` before it gives any."""
 
 
 def open_hub(kind: Literal["modelscope", "huggingface"], endpoint: str | None) -> Hub:
@@ -116,17 +138,17 @@ class ModelScope:
 
     def resolve(self, model: str, revision: str) -> str:
         """Return the commit of a branch or tag; where the list of revisions tells none, that of the newest file."""
-        if _is_commit(revision):
+        if is_commit(revision):
             return revision
         with _translated(self.name):
             known = self._api.list_repo_revisions(model, "model")
             for entry in known:
-                if entry.get("Revision") == revision and _is_commit(str(entry.get("CommitId", ""))):
+                if entry.get("Revision") == revision and is_commit(str(entry.get("CommitId", ""))):
                     return str(entry["CommitId"])
             files = self._api.legacy.list_repo_files(repo_id=model, repo_type="model", revision=revision)
             newest: dict[str, Any] = max(files, key=lambda file: int(file.get("CommittedDate") or 0), default={})
             commit = str(newest.get("Revision", ""))
-            return commit if _is_commit(commit) else revision
+            return commit if is_commit(commit) else revision
 
     def listing(self, model: str, commit: str) -> tuple[Listed, ...]:
         """Return the files with size and, where the hub tells it, SHA-256."""
@@ -157,6 +179,17 @@ class ModelScope:
                 progress_callbacks=[Callback],
             )
 
+    def fetch_span(self, model: str, commit: str, file: Listed, span: Span, take: Take) -> None:
+        """Give the bytes of a range to `take`, over the session and with the headers of the SDK's own downloads."""
+        with _translated(self.name):
+            api = self._api
+            headers = api.downloader._build_download_headers()  # noqa: SLF001 - it finds the hub's nearest storage
+            headers |= _range_header(span)
+            with api.legacy.download_stream(model, "model", file.path, commit, headers=headers) as response:
+                _check_range(response.status_code, response.headers.get("Content-Range"), span, file.size)
+                while block := response.raw.read1(BLOCK):
+                    take(block)
+
 
 class HuggingFace:
     """Hugging Face, or a mirror that speaks its protocol."""
@@ -179,7 +212,7 @@ class HuggingFace:
 
     def resolve(self, model: str, revision: str) -> str:
         """Return the commit behind a branch or tag."""
-        if _is_commit(revision):
+        if is_commit(revision):
             return revision
         with _translated(self.name):
             return str(self._api.model_info(model, revision=revision).sha or revision)
@@ -221,6 +254,39 @@ class HuggingFace:
                         partial.unlink()
                     raise
             partial.replace(target)
+
+    def fetch_span(self, model: str, commit: str, file: Listed, span: Span, take: Take) -> None:
+        """Give the bytes of a range to `take`, over the client that the SDK's own downloads use."""
+        with _translated(self.name):
+            api = self._api
+            from huggingface_hub import constants, hf_hub_url, utils  # noqa: PLC0415 - imported with the API above
+
+            with utils.http_stream_backoff(  # type: ignore[attr-defined] # public, if not in their __all__
+                "GET",
+                hf_hub_url(model, file.path, revision=commit, endpoint=self.endpoint or None),
+                headers=api._build_hf_headers() | _range_header(span),  # noqa: SLF001 - as above
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                max_retries=0,
+                retry_on_exceptions=(),
+                retry_on_status_codes=(),
+            ) as response:
+                utils.hf_raise_for_status(response)  # type: ignore[attr-defined] # as above
+                _check_range(response.status_code, response.headers.get("Content-Range"), span, file.size)
+                for block in response.iter_raw():
+                    take(block)
+
+
+def _range_header(span: Span) -> dict[str, str]:
+    return {"Range": f"bytes={span[0]}-{span[1] - 1}", "Accept-Encoding": "identity"}
+
+
+def _check_range(status: int, content_range: str | None, span: Span, size: int) -> None:
+    """Refuse an answer that is not the range that was asked for."""
+    match = _CONTENT_RANGE.fullmatch(content_range or "")
+    if status != PARTIAL_CONTENT or match is None or int(match[1]) != span[0]:
+        raise RangesIgnored
+    if match[3] not in {"*", str(size)}:
+        raise HubFailure(f"the hub has {match[3]} bytes of it, and listed {size}")
 
 
 def _bar(advance: Advance) -> Any:
@@ -284,15 +350,20 @@ def _retry_after(error: Exception) -> float | None:
     try:
         return max(0.0, float(told)) if told is not None else None
     except ValueError:
-        return None  # the form with a date; the usual back-off is as good
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(str(told)).timestamp() - time.time())
+    except ValueError:
+        return None  # neither seconds nor a date
 
 
 def _line(error: Exception) -> str:
     lines = str(getattr(error, "message", "") or error).strip().splitlines()
-    return lines[0][:300] if lines else type(error).__name__
+    return redacted(lines[0])[:300] if lines else type(error).__name__
 
 
-def _is_commit(text: str) -> bool:
+def is_commit(text: str) -> bool:
+    """Tell whether a revision is a commit, which never means anything else later."""
     return len(text) == 40 and not set(text) - set("0123456789abcdef")
 
 

@@ -7,6 +7,7 @@ offline mode) never sees half a snapshot. After a kill, files that were hashed r
 import json
 import shutil
 import threading
+import time
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +27,10 @@ from zops.cache.manifest import (
 
 DIRECTORY = "incoming"
 RECORD = "incoming.json"
+# What the hubs' SDKs and we ourselves (zops.cache.ranges) put behind the name of a file that is not complete.
+INCOMPLETE = ".incomplete"
+PARTIAL = ".partial"
+LEFTOVER_AGE_S = 3600.0
 
 
 class Incoming:
@@ -84,8 +89,18 @@ class Incoming:
         write_marker(self.snapshot, manifest, marked)
         self.discard()
 
+    def forget_begun(self, path: str) -> None:
+        """Remove the unfinished part of a file, for want of a hash that would tell whether the rest fits to it."""
+        for suffix in (INCOMPLETE, PARTIAL, f"{PARTIAL}.json"):
+            (self.directory / f"{path}{suffix}").unlink(missing_ok=True)
+
     def discard(self) -> None:
-        """Forget everything that was brought."""
+        """Forget everything that was brought, and what dead processes left half-written beside it."""
+        for part in sidecar(self.snapshot).glob(".*.part"):
+            with suppress(OSError):
+                # A living one writes for milliseconds, and need not hold the lock to record a verification.
+                if time.time() - part.stat().st_mtime > LEFTOVER_AGE_S:
+                    part.unlink()
         shutil.rmtree(self.directory, ignore_errors=True)
         self._record.unlink(missing_ok=True)
         self._checked = {}

@@ -15,6 +15,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from zops.cache.redact import redacted
+from zops.cache.room import FULL, shortage
 from zops.errors import HostShort, LockHeld
 from zops.events import Report, Warned
 
@@ -100,6 +102,8 @@ def _open(path: Path) -> int:
         except FileNotFoundError as error:
             reason = error.strerror
         except OSError as error:
+            if error.errno in FULL:
+                raise shortage(error) or error from error
             reason = error.strerror
             break
     raise HostShort(
@@ -126,7 +130,10 @@ def _is_current(descriptor: int, path: Path) -> bool:
 
 
 def _sign(descriptor: int) -> None:
-    command = " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200]
+    # Whoever waits gets to read it, and it may name a mirror with its password.
+    command = redacted(" ".join([Path(sys.argv[0]).name, *sys.argv[1:]]))[:200]
     holder = Holder(os.getpid(), socket.gethostname(), command, time.time())
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)
+    # On a full disk others are not told who holds it, and what is to be done under it says more of the disk.
+    with suppress(OSError):
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, json.dumps(asdict(holder)).encode(), 0)

@@ -217,8 +217,12 @@ def write_marker(
 
 
 def clear_marker(snapshot: Path) -> None:
-    """Forget the last verification; to be called before any file of the snapshot is touched."""
-    (sidecar(snapshot) / "verified.json").unlink(missing_ok=True)
+    """Forget the last verification, durably; to be called before any file of the snapshot is touched."""
+    try:
+        (sidecar(snapshot) / "verified.json").unlink()
+    except FileNotFoundError:
+        return
+    sync_directory(sidecar(snapshot))
 
 
 def stat_key(path: Path) -> tuple[int, int, int]:

@@ -5,13 +5,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from zops.cache.fetch import fetch, warn_without_digests
+from zops.cache.arrival import warn_without_digests
+from zops.cache.fetch import fetch
 from zops.cache.hashing import Hashed, hash_files
 from zops.cache.hubs import Listed
-from zops.cache.incoming import Incoming, prune_empty
+from zops.cache.incoming import INCOMPLETE, PARTIAL, Incoming, is_unfinished, prune_empty
 from zops.cache.layout import Snapshot, find, is_verified, place
 from zops.cache.lock import TIMEOUT_S, hold
 from zops.cache.manifest import FileEntry, Manifest, clear_marker, damaged, read_manifest, sidecar
+from zops.cache.pin import manifest_of
 from zops.cache.room import check_room, shortage_told
 from zops.cache.source import Offer, offer_of_directory, offer_of_hub
 from zops.cache.verify import findings_of
@@ -19,6 +21,9 @@ from zops.catalog import Model, lookup
 from zops.errors import HostShort, SnapshotDamaged, UsageError
 from zops.events import Report
 from zops.spec import Spec
+
+# Unit of st_blocks, whatever the file system's own is; stat(2).
+STAT_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,11 +60,11 @@ def pull(spec: Spec, report: Report, *, lock_timeout_s: float = TIMEOUT_S) -> Pu
         )
     model = lookup(spec.model)
     present = _present(spec, model, spec.source.revision or model.commit)
+    if not present:
+        offer = _offer(spec, model, report)
+        present = _present(spec, model, offer.revision)
     if present:
-        return present
-    offer = _offer(spec, model, report)
-    present = _present(spec, model, offer.revision)
-    if present:
+        _tidy(present.snapshot.path, report, lock_timeout_s)
         return present
     adopted = _adopt(spec, offer, report)
     if adopted:
@@ -106,7 +111,10 @@ def _fill(incoming: Incoming, offer: Offer, report: Report) -> tuple[list[Listed
         # A bit that the disk flipped does not show in a stat, so the marker would go on to vouch for it.
         clear_marker(incoming.snapshot)
         check_room(incoming.snapshot, max(0, size - _partial_bytes(incoming)), len(missing), report)
-        fetch(offer.deliver, missing, incoming.directory, report, arrived=incoming.remember)
+        for file in missing:
+            if file.sha256 is None and file.git_sha1 is None:
+                incoming.forget_begun(file.path)
+        fetch(offer.delivery, missing, incoming.directory, report, arrived=incoming.remember)
     return missing, size
 
 
@@ -129,7 +137,7 @@ def admit(path: Path, manifest: Manifest, report: Report, *, lock_timeout_s: flo
 def _offer(spec: Spec, model: Model, report: Report) -> Offer:
     if spec.source.kind == "directory":
         return offer_of_directory(spec.source, model, report)
-    return offer_of_hub(spec.source, model)
+    return offer_of_hub(spec.source, model, report)
 
 
 def _present(spec: Spec, model: Model, revision: str) -> PullResult | None:
@@ -144,21 +152,28 @@ def _present(spec: Spec, model: Model, revision: str) -> PullResult | None:
     return None
 
 
+def _tidy(path: Path, report: Report, lock_timeout_s: float) -> None:
+    """Remove what a run left that was killed after everything was in place, between its last steps."""
+    if is_unfinished(path):
+        with hold(sidecar(path) / "lock", report, timeout_s=lock_timeout_s):
+            if is_verified(path):
+                Incoming(path).discard()
+
+
 def _adopt(spec: Spec, offer: Offer, report: Report) -> PullResult | None:
     """Take what another tool fetched into the cache, where it lies, when every file of it is right."""
     own = place(spec.cache.dir, offer.model, offer.revision)
-    if any(file.sha256 is None for file in offer.files):
+    if any(file.sha256 is None and file.git_sha1 is None for file in offer.files):
         return None
-    entries = tuple(FileEntry(file.path, file.size, file.sha256 or "") for file in offer.files)
-    manifest = offer.manifest or Manifest(offer.model, offer.revision, entries, "upstream", offer.text)
     for snapshot in find(spec.cache.dir, offer.model):
-        if snapshot.path != own and all(_has_size(snapshot.path / entry.path, entry.size) for entry in entries):
+        if snapshot.path != own and all(_has_size(snapshot.path / file.path, file.size) for file in offer.files):
+            manifest, wrong = manifest_of(snapshot.path, offer)
+            if wrong or read_manifest(snapshot.path) not in {None, manifest}:
+                continue
             # Damaged (bad, or another revision of the same sizes) or read-only: everything is fetched to its own place.
             with suppress(SnapshotDamaged, HostShort):
-                if read_manifest(snapshot.path) not in {None, manifest}:
-                    continue
                 admit(snapshot.path, manifest, report)
-                return PullResult(snapshot, manifest, (), tuple(entry.path for entry in entries), 0)
+                return PullResult(snapshot, manifest, (), tuple(entry.path for entry in manifest.files), 0)
     return None
 
 
@@ -201,5 +216,6 @@ def _manifest_of(incoming: Incoming, offer: Offer, report: Report) -> Manifest:
 
 
 def _partial_bytes(incoming: Incoming) -> int:
-    """Return the bytes of files that an earlier run began."""
-    return sum(path.stat().st_size for path in incoming.directory.rglob("*.incomplete") if path.is_file())
+    """Return the bytes of the disk that files which an earlier run began have taken already."""
+    begun = (path for suffix in (INCOMPLETE, PARTIAL) for path in incoming.directory.rglob(f"*{suffix}"))
+    return sum(path.stat().st_blocks * STAT_BLOCK for path in begun if path.is_file())

@@ -14,7 +14,7 @@ from zops.host.disk import disk_of, nearest_existing
 RESERVE_BYTES = 64 << 20
 RESERVE_INODES = 64
 
-_FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
+FULL = frozenset({errno.ENOSPC, errno.EDQUOT})
 _CLOSED = frozenset({errno.EROFS, errno.EACCES, errno.EPERM})
 
 
@@ -45,11 +45,17 @@ def check_room(place: Path, size: int, files: int, report: Report) -> None:
         )
     if disk.is_network:
         report(Warned(f"{existing} is on a network file system ({disk.mount.system}); loading from it is slow"))
+    if disk.is_volatile:
+        report(
+            Warned(
+                f"{existing} is in memory ({disk.mount.system}): it takes what instances need, and ends with the host"
+            )
+        )
 
 
 def shortage(error: OSError) -> HostShort | None:
     """Return what an operating system's error means for the operator, None when it says nothing of room or access."""
-    if error.errno in _FULL:
+    if error.errno in FULL:
         hint = "free space or set another cache.dir; what arrived is kept"
         return HostShort(f"the disk is full: {error}", code="disk-full", hint=hint)
     if error.errno in _CLOSED:

@@ -7,13 +7,14 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import Protocol, TypeVar
 
-from zops.cache.fetch import Deliver, patiently
+from zops.cache.fetch import Delivery, patiently, tell_pause
 from zops.cache.hashing import Stat, hash_files
-from zops.cache.hubs import Advance, Hub, HubFailure, Listed, needed, open_hub, refused
+from zops.cache.hubs import Advance, Hub, HubFailure, Listed, Span, Take, needed, open_hub, refused
 from zops.cache.layout import INDEX, choose
 from zops.cache.manifest import SIDECAR, FileEntry, Manifest, read_manifest
+from zops.cache.redact import redacted
 from zops.cache.room import shortage
 from zops.catalog import Model, lookup
 from zops.errors import SnapshotMissing, SourceFailed
@@ -34,13 +35,13 @@ class Offer:
     model: str
     revision: str
     files: tuple[Listed, ...]
-    deliver: Deliver
+    delivery: Delivery
     text: str
     """Where the files come from, as it is written into the manifest."""
     manifest: Manifest | None = None
 
 
-def offer_of_hub(source: Source, model: Model) -> Offer:
+def offer_of_hub(source: Source, model: Model, report: Report) -> Offer:
     """Ask a hub what it offers; the catalog's manifest counts more than the hub's word.
 
     Raises:
@@ -48,16 +49,17 @@ def offer_of_hub(source: Source, model: Model) -> Offer:
     """
     assert source.kind in {"modelscope", "huggingface"}
     hub = open_hub("modelscope" if source.kind == "modelscope" else "huggingface", source.endpoint)
+    ask = _asker(model.id, report)
     pinned = model.pinned() if source.revision in {None, model.commit} else None
     if pinned is not None:
         manifest = Manifest.from_json(pinned)
-        commit, files = _list_pinned(hub, model)
+        commit, files = _list_pinned(hub, model, ask)
         _compare(manifest, files, hub.name)
         wanted = tuple(Listed(entry.path, entry.size, entry.sha256) for entry in manifest.files)
     else:
         manifest = None
-        commit = _ask(model.id, lambda: hub.resolve(model.id, source.revision or hub.branch))
-        wanted = needed(_ask(model.id, lambda: hub.listing(model.id, commit)), model.patterns)
+        commit = ask(lambda: hub.resolve(model.id, source.revision or hub.branch))
+        wanted = needed(ask(lambda: hub.listing(model.id, commit)), model.patterns)
         if not any(file.path == INDEX for file in wanted):
             raise SourceFailed(
                 f"{hub.name} has {model.id}, but it is no diffusers pipeline (no {INDEX})", code="source-no-pipeline"
@@ -66,19 +68,23 @@ def offer_of_hub(source: Source, model: Model) -> Offer:
     def deliver(file: Listed, target: Path, advance: Advance) -> None:
         hub.fetch_file(model.id, commit, file, target, advance)
 
-    text = f"{hub.name} {hub.endpoint}".strip()
-    return Offer(model.id, manifest.revision if manifest else commit, wanted, deliver, text, manifest)
+    def deliver_span(file: Listed, span: Span, take: Take) -> None:
+        hub.fetch_span(model.id, commit, file, span, take)
+
+    text = redacted(f"{hub.name} {hub.endpoint}".strip())
+    delivery = Delivery(deliver, deliver_span)
+    return Offer(model.id, manifest.revision if manifest else commit, wanted, delivery, text, manifest)
 
 
-def _list_pinned(hub: Hub, model: Model) -> tuple[str, tuple[Listed, ...]]:
+def _list_pinned(hub: Hub, model: Model, ask: "Ask") -> tuple[str, tuple[Listed, ...]]:
     """List the pinned commit, or the newest where this hub numbers its commits differently; hashes decide anyway."""
     try:
-        return model.commit, _ask(model.id, lambda: hub.listing(model.id, model.commit))
+        return model.commit, ask(lambda: hub.listing(model.id, model.commit))
     except SourceFailed as error:
         if error.code != "source-not-found":
             raise
-    commit = _ask(model.id, lambda: hub.resolve(model.id, hub.branch))
-    return commit, _ask(model.id, lambda: hub.listing(model.id, commit))
+    commit = ask(lambda: hub.resolve(model.id, hub.branch))
+    return commit, ask(lambda: hub.listing(model.id, commit))
 
 
 def _compare(manifest: Manifest, files: tuple[Listed, ...], hub: str) -> None:
@@ -100,14 +106,27 @@ def _compare(manifest: Manifest, files: tuple[Listed, ...], hub: str) -> None:
         )
 
 
-def _ask(model: str, question: Callable[[], Answer]) -> Answer:
-    """Ask a hub with patience."""
-    answers: list[Answer] = []
-    try:
-        patiently(lambda: answers.append(question()), moved=lambda: False, wait=time.sleep)
-    except HubFailure as failure:
-        raise refused(model, failure) from failure
-    return answers[-1]
+class Ask(Protocol):
+    """Asks a hub a question with patience; raises `SourceFailed` when it gives no answer."""
+
+    def __call__(self, question: Callable[[], Answer], /) -> Answer:
+        """Return the answer."""
+
+
+def _asker(model: str, report: Report) -> Ask:
+    def wait(seconds: float, failure: HubFailure) -> None:
+        tell_pause(report, model, seconds, failure)
+        time.sleep(seconds)
+
+    def ask(question: Callable[[], Answer], /) -> Answer:
+        answers: list[Answer] = []
+        try:
+            patiently(lambda: answers.append(question()), moved=lambda: False, wait=wait)
+        except HubFailure as failure:
+            raise refused(model, failure) from failure
+        return answers[-1]
+
+    return ask
 
 
 def offer_of_directory(source: Source, model: Model, report: Report) -> Offer:
@@ -132,7 +151,7 @@ def offer_of_directory(source: Source, model: Model, report: Report) -> Offer:
     return Offer(model.id, manifest.revision, files, _copier(root), f"directory {root}", manifest)
 
 
-def deliver_for(manifest: Manifest, source: Source) -> Deliver:
+def delivery_for(manifest: Manifest, source: Source, report: Report) -> Delivery:
     """Return what brings single files of a manifest from a source, to mend a snapshot.
 
     Raises:
@@ -142,17 +161,17 @@ def deliver_for(manifest: Manifest, source: Source) -> Deliver:
     if source.kind == "directory":
         assert source.path is not None
         return _copier(_snapshot_in(Path(source.path), model.id, None))
-    return offer_of_hub(source.model_copy(update={"revision": manifest.revision}), model).deliver
+    return offer_of_hub(source.model_copy(update={"revision": manifest.revision}), model, report).delivery
 
 
-def _copier(root: Path) -> Deliver:
+def _copier(root: Path) -> Delivery:
     def deliver(file: Listed, target: Path, advance: Advance) -> None:
         try:
             copy_file(root / file.path, target, advance)
         except FileNotFoundError:
             raise HubFailure(f"is missing in {root}", final=True) from None
 
-    return deliver
+    return Delivery(deliver, fickle=False)
 
 
 def _snapshot_in(path: Path, model: str, revision: str | None) -> Path:

@@ -5,7 +5,8 @@ from contextlib import contextmanager
 from typing import IO, TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, TextColumn
+from rich.table import Column
 from rich.text import Text
 
 from zops.cli.output import duration, size
@@ -16,16 +17,20 @@ if TYPE_CHECKING:
     from rich.progress import Task
 
 
+# What spinner, bar, amount, rate and times take of a line at most; the rest is for the text.
+OTHER_COLUMNS = 56
+LEAST_TEXT = 16
+
+
 class Bars:
     """Bars that vanish when their task ends; a line stays of a task that took a while."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._bars = Progress(
             SpinnerColumn(),
-            TextColumn("{task.description}", markup=False),
-            _KnownBar(bar_width=24),
-            _Amount(),
-            TimeElapsedColumn(),
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            _KnownBar(bar_width=12, table_column=Column(no_wrap=True)),
+            _Amount(table_column=Column(no_wrap=True)),
             console=Console(file=stream),
             transient=True,
             refresh_per_second=8,
@@ -53,7 +58,8 @@ class Bars:
         """Show one event."""
         match event:
             case Started():
-                self._ids[event.task] = self._bars.add_task(event.text, total=event.total or None, unit=event.unit)
+                text = shortened(event.text, self._bars.console.width - OTHER_COLUMNS)
+                self._ids[event.task] = self._bars.add_task(text, total=event.total or None, unit=event.unit)
             case Progressed() if event.task in self._ids:
                 self._bars.update(self._ids[event.task], completed=event.done, total=event.total or None)
             case Finished():
@@ -76,15 +82,37 @@ class _KnownBar(BarColumn):
 
 
 class _Amount(ProgressColumn):
-    """How much is done, how fast, and how long it will take, as far as that is known."""
+    """How much is done, how fast, and how long the rest will take; where that is not known, how long it took so far."""
 
     def render(self, task: "Task") -> Text:
         if not task.total:
-            return Text("")
+            return Text(clock(task.elapsed or 0))
         unit = task.fields.get("unit", "bytes")
-        parts = [amount(task.completed, task.total, unit)]
-        if task.speed and unit == "bytes":
+        if unit != "bytes":
+            return Text(amount(task.completed, task.total, unit))
+        parts = [share_of(task.completed, task.total)]
+        if task.speed and not task.finished:
             parts.append(f"{size(task.speed)}/s")
         if task.time_remaining:
-            parts.append(f"{duration(task.time_remaining)} left")
+            parts.append(f"{clock(task.time_remaining)} left")
         return Text("  ".join(parts))
+
+
+def shortened(text: str, width: int) -> str:
+    """Cut a text at its front, where paths say least, so that a line of the terminal holds it with its numbers."""
+    width = max(width, LEAST_TEXT)
+    return text if len(text) <= width else f"…{text[1 - width :]}"
+
+
+def share_of(done: float, total: float) -> str:
+    """Render both numbers in the unit of the larger: 0.23 / 9.97 GB."""
+    unit, step = next(((u, s) for u, s in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)) if total >= s), ("B", 1.0))
+    digits = 0 if unit == "B" or total >= 100 * step else 2
+    return f"{done / step:.{digits}f} / {total / step:.{digits}f} {unit}"
+
+
+def clock(seconds: float) -> str:
+    """Render a time that shrinks while one looks at it: 0:07, 12:34, 1:02:03."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"

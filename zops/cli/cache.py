@@ -12,6 +12,7 @@ from zops.cli.scrub import scrub
 from zops.cli.space import prune, slim
 
 if TYPE_CHECKING:
+    from zops.cache.repair import Spring
     from zops.cache.status import SnapshotStatus
     from zops.cache.verify import Verification
 
@@ -60,9 +61,19 @@ def pull(*, loaded: Loaded, out: Output) -> None:
 @SNAPSHOT
 @click.option("--deep", is_flag=True, help="Compare the SHA-256 of every file, not only size, time and inode.")
 @click.option("--reread", is_flag=True, help="Compare the BLAKE3 that the last --deep recorded; a third of its time.")
-@click.option("--repair", is_flag=True, help="Fetch the bad files from the source; needs --deep.")
+@click.option("--repair", is_flag=True, help="Fetch the bad files; needs --deep.")
+@click.option("--from", "archive", metavar="ARCHIVE", help="With --repair: only from this archive, a path or s3://...")
 @with_spec
-def verify(*, snapshot: Path | None, deep: bool, reread: bool, repair: bool, loaded: Loaded, out: Output) -> None:
+def verify(
+    *,
+    snapshot: Path | None,
+    deep: bool,
+    reread: bool,
+    repair: bool,
+    archive: str | None,
+    loaded: Loaded,
+    out: Output,
+) -> None:
     """Compare a snapshot with its manifest, without a network.
 
     SNAPSHOT is a directory; without it the best snapshot of the model in the cache is taken. Exit status 3 when there
@@ -71,12 +82,16 @@ def verify(*, snapshot: Path | None, deep: bool, reread: bool, repair: bool, loa
     --reread reads every byte as --deep does and finds what a disk does to them. It trusts what was recorded beside the
     snapshot, so it cannot find what somebody did who changed the record too: only --deep can.
 
+    --repair asks the source first and then, for what it does not deliver, the newest archive in backup.to. What comes
+    replaces nothing before it was verified.
+
     \b
     Examples:
       zops cache verify
       zops cache verify --deep
       zops cache verify --reread
       zops cache verify --deep --repair
+      zops cache verify --deep --repair --from /mnt/backup/model.tar.zst
     """
     from zops.cache.repair import repair as mend  # noqa: PLC0415 - the cache's modules are loaded when needed
     from zops.cache.verify import verify as compare  # noqa: PLC0415
@@ -85,10 +100,13 @@ def verify(*, snapshot: Path | None, deep: bool, reread: bool, repair: bool, loa
         raise click.UsageError("--repair needs --deep: what is bad is known only after everything was hashed")
     if deep and reread:
         raise click.UsageError("--deep and --reread exclude each other: --deep reads everything too")
+    if archive and not repair:
+        raise click.UsageError("--from goes with --repair")
     path = _chosen(snapshot, loaded)
     with out.progress() as report:
         if repair:
-            repaired = mend(path, loaded.spec.source, report)
+            source = None if archive else loaded.spec.source
+            repaired = mend(path, source, report, archive=_spring(archive, loaded))
             result, fetched = repaired.verification, repaired.fetched
         else:
             result, fetched = compare(path, deep=deep, reread=reread, report=report), ()
@@ -98,26 +116,44 @@ def verify(*, snapshot: Path | None, deep: bool, reread: bool, repair: bool, loa
 
 @cache.command()
 @SNAPSHOT
-@click.option("--revision", default="", help="Name of the revision (default: one made from the content).")
+@click.option("--revision", default="", help="Branch, tag or commit; with --from-disk the name to give it.")
+@click.option(
+    "--from-hub/--from-disk",
+    "from_hub",
+    default=None,
+    help="Whose word is written down (default: the hub's when source.kind is one).",
+)
 @with_spec
-def pin(*, snapshot: Path | None, revision: str, loaded: Loaded, out: Output) -> None:
-    """Take a snapshot as it is: hash every file and write its manifest.
+def pin(*, snapshot: Path | None, revision: str, from_hub: bool | None, loaded: Loaded, out: Output) -> None:
+    """Write the manifest of a snapshot, after every file was hashed.
 
-    From then on every change is found. Files that equal the catalog's pinned ones get the catalog's manifest; for all
-    others only this disk vouches, and the manifest says so (origin: local).
+    From the hub: every file must be as the hub lists it at that revision, which is resolved to a commit. From the disk:
+    the files are taken as they are, and the manifest says that only this disk vouches for them (origin: local), unless
+    they equal the catalog's. Either way, every later change is found.
 
     \b
     Examples:
       zops cache pin
-      zops cache pin /data/my-model --model me/my-model
+      zops cache pin --revision master
+      zops cache pin /data/my-model --model me/my-model --from-disk
     """
-    from zops.cache.verify import pin as take  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.pin import pin_from_hub  # noqa: PLC0415 - the cache's modules are loaded when needed
+    from zops.cache.verify import pin as take  # noqa: PLC0415
 
     path = _chosen(snapshot, loaded)
+    spec = loaded.spec
+    is_hub = spec.source.kind in {"modelscope", "huggingface"}
+    if from_hub and not is_hub:
+        raise click.UsageError(f"source.kind is {spec.source.kind}, which is no hub; set it, or use --from-disk")
     with out.progress() as report:
-        manifest = take(path, loaded.spec.model, revision, report)
+        if is_hub if from_hub is None else from_hub:
+            source = spec.source.model_copy(update={"revision": revision or spec.source.revision or _commit_of(path)})
+            manifest = pin_from_hub(path, spec.model, source, report)
+        else:
+            manifest = take(path, spec.model, revision, report)
     body = {"path": str(path), "files": len(manifest.files), "manifest_digest": manifest.digest}
     body |= {"model": manifest.model, "revision": manifest.revision, "origin": manifest.origin}
+    body["source"] = manifest.source
     out.data(body, f"{path}\npinned: {len(manifest.files)} files, {size(manifest.size)}, origin {manifest.origin}")
 
 
@@ -207,6 +243,24 @@ def _chosen(snapshot: Path | None, loaded: Loaded) -> Path:
     from zops.cache.layout import meant  # noqa: PLC0415 - the cache's modules are loaded when needed
 
     return snapshot.absolute() if snapshot else meant(loaded.spec).path
+
+
+def _commit_of(path: Path) -> str | None:
+    """Return the commit that a snapshot's directory is named for, which is how the SDKs name it."""
+    from zops.cache.hubs import is_commit  # noqa: PLC0415 - as above
+
+    return path.name if is_commit(path.name) else None
+
+
+def _spring(archive: str | None, loaded: Loaded) -> "Spring | None":
+    """Return the archive to mend from: the one that was named, the source, or the newest backup."""
+    from zops.archive.mend import spring_of_archive, spring_of_store  # noqa: PLC0415 - only a repair needs archives
+
+    spec = loaded.spec
+    named = archive or (spec.source.path if spec.source.kind == "archive" else None)
+    if named:
+        return spring_of_archive(named)
+    return spring_of_store(spec.backup.to, spec.model) if spec.backup.to else None
 
 
 def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict[str, object]:

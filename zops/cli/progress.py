@@ -42,6 +42,8 @@ class Lines:
         self._out = out
         self._started: dict[str, Started] = {}
         self._spoken: dict[str, float] = {}
+        # When a task first told how far it was, and how far: what an earlier run had done says nothing of the rate.
+        self._first: dict[str, tuple[float, int]] = {}
 
     def __call__(self, event: Event) -> None:
         """Write one event, or nothing."""
@@ -49,16 +51,27 @@ class Lines:
             case Started():
                 self._started[event.task] = event
                 self._spoken[event.task] = time.monotonic()
+                self._first.pop(event.task, None)
             case Progressed():
                 started, now = self._started.get(event.task), time.monotonic()
+                first = self._first.setdefault(event.task, (now, event.done))
                 if started and event.total and now - self._spoken[event.task] >= LINE_INTERVAL_S:
                     self._spoken[event.task] = now
                     so_far = amount(event.done, event.total, started.unit)
-                    self._out.note(f"{started.text}: {100 * event.done // event.total} %, {so_far}")
+                    pace = _pace(event, first, now) if started.unit == "bytes" else ""
+                    self._out.note(f"{started.text}: {100 * event.done // event.total} %, {so_far}{pace}")
             case Finished() if event.seconds >= WORTH_SAYING_S:
                 self._out.note(f"{event.text} ({duration(event.seconds)})")
             case Warned():
                 self._out.warn(event.text)
+
+
+def _pace(event: Progressed, first: tuple[float, int], now: float) -> str:
+    """Render the rate since a task began, and the time that the rest takes at that rate."""
+    seconds, moved = now - first[0], event.done - first[1]
+    if seconds <= 0 or moved <= 0:
+        return ""
+    return f", {size(moved / seconds)}/s, {duration((event.total - event.done) * seconds / moved)} left"
 
 
 def amount(done: float, total: float, unit: str) -> str:
