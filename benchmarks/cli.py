@@ -1,6 +1,6 @@
 """How fast the command line answers, beside the hubs' own: medians of whole processes, interleaved in one run.
 
-    python benchmarks/cli.py [--runs 15]
+    python -m benchmarks.cli [--runs 15]
 
 Bar: `zops --help` under 200 ms.
 """

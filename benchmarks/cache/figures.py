@@ -3,16 +3,12 @@
 import json
 import os
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from measure import evict, print_table, seconds
-
+from benchmarks.measure import evict, print_table, seconds
 from zops.cache.warm import residency
 
 # Shares of the six shards: three of fp32 with 25 % each, three of bf16 with a quarter of the whole together.

@@ -1,6 +1,6 @@
 """How fast a snapshot is verified, beside what the hash, the disk and `sha256sum` do in the same run.
 
-python benchmarks/cache/verify.py [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
+python -m benchmarks.cache.verify [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
 """
 
 import argparse
@@ -14,9 +14,8 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from figures import Figure, chill, read_all, rounds, show, write_cache
-from measure import peak_rss_bytes, reset_peak_rss
-
+from benchmarks.cache.figures import Figure, chill, read_all, rounds, show, write_cache
+from benchmarks.measure import peak_rss_bytes, reset_peak_rss
 from zops.cache.hashing import digest_files
 from zops.cache.reading import CHUNK, OpenFile, new_buffer
 from zops.cache.verify import pin, verify

@@ -1,6 +1,6 @@
 """How fast a snapshot is brought into the page cache, and how fast it is told how much of it is there.
 
-python benchmarks/cache/warm.py [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
+python -m benchmarks.cache.warm [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
 """
 
 import argparse
@@ -13,8 +13,7 @@ import tempfile
 import threading
 from pathlib import Path
 
-from figures import Figure, chill, rounds, show, write_cache
-
+from benchmarks.cache.figures import Figure, chill, rounds, show, write_cache
 from zops.cache.warm import residency, warm
 from zops.events import silent
 

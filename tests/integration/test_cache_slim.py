@@ -19,11 +19,12 @@ from zops.cache import room
 from zops.cache.layout import choose, find, is_verified, meant, place
 from zops.cache.manifest import Manifest, read_manifest, require_verified
 from zops.cache.pull import pull
+from zops.cache.repair import repair
 from zops.cache.slim import check_replaceable, is_slim, plan_slim, replace_parent, slim
 from zops.cache.verify import pin, verify
 from zops.errors import HostShort, SnapshotDamaged, UsageError, ZopsError
 from zops.events import Event, Progressed, Warned, silent
-from zops.spec import Spec
+from zops.spec import Source, Spec
 
 MODEL = "zops/synthetic-tiny"
 SHARD = "transformer/diffusion_pytorch_model-00002-of-00003.safetensors"
@@ -169,6 +170,15 @@ def test_a_slim_snapshot_that_was_damaged_must_be_made_anew(parent: Path) -> Non
     assert again.changed
     assert again.manifest.digest == digest
     assert verify(first.path, deep=True, report=silent).ok
+
+
+def test_no_hub_must_be_asked_for_the_files_of_a_slim_snapshot(parent: Path) -> None:
+    made = slim(plan_slim(parent), silent).path
+    (made / SHARD).write_bytes(b"damaged")
+    with pytest.raises(UsageError) as caught:
+        repair(made, Source(endpoint="http://127.0.0.1:9"), silent)
+    assert caught.value.code == "source-lacks-derived"
+    assert "zops cache slim" in caught.value.hint
 
 
 def test_a_slim_snapshot_of_another_parent_must_be_made_anew(parent: Path) -> None:

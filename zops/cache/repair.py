@@ -59,8 +59,8 @@ def repair(
         UsageError: when there is nothing to fetch from.
         LockHeld: when another zops works on the snapshot.
     """
-    springs = list(_springs(source, archive))
     manifest = require_manifest(snapshot)
+    springs = list(_springs(manifest, source, archive))
     with hold(sidecar(snapshot) / "lock", report, timeout_s=lock_timeout_s), shortage_told():
         findings, hashed = findings_of(snapshot, manifest, report)
         bad = tuple(finding for finding in findings if finding.status not in {"ok", "extra"})
@@ -79,8 +79,16 @@ def repair(
     return Repair(bad, fetched, verify(snapshot, deep=False, report=report))
 
 
-def _springs(source: Source | None, archive: Spring | None) -> Iterator[Spring]:
-    if source is not None and source.kind != "archive":
+def _springs(manifest: Manifest, source: Source | None, archive: Spring | None) -> Iterator[Spring]:
+    if manifest.derived:
+        # No hub has what was made here.
+        if archive is None:
+            raise UsageError(
+                f"this snapshot was made here ({manifest.derived}); no hub has its files",
+                code="source-lacks-derived",
+                hint="make it anew with: zops cache slim",
+            )
+    elif source is not None and source.kind != "archive":
         yield Spring(source.kind, lambda manifest, report: delivery_for(manifest, source, report))
     elif archive is None:
         raise UsageError(
