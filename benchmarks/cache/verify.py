@@ -23,6 +23,8 @@ from zops.cache.warm import residency
 from zops.events import silent
 
 MEMORY = 256 << 20
+# A page or two that the kernel dropped do not make a cache cold.
+WARM = 0.9999
 
 
 def side_by_side(work: Callable[[int], None]) -> None:
@@ -85,9 +87,9 @@ def measure(root: Path, size_gb: float, runs: int) -> list[Figure]:
         verify(cache, deep=False, reread=True, report=silent).require()
 
     def be_warm() -> None:
-        if residency(cache).share < 1:
+        if residency(cache).share < WARM:
             read_all(shards)
-        assert residency(cache).share == 1, "the cache does not fit into memory"
+        assert residency(cache).share >= WARM, f"the cache does not stay in memory: {residency(cache)}"
 
     def be_cold() -> None:
         chill(cache, shards)

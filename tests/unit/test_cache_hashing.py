@@ -173,20 +173,24 @@ def test_buffers_must_stay_within_what_a_thread_may_use() -> None:
 
 
 def drain(sizes: list[int], slice_bytes: int, workers: int) -> float:
-    """Play the schedule with workers of equal speed; return when the last one ends, in bytes."""
-    schedule = _Schedule([_Job(Path(), ("sha256",), size) for size in sizes], slice_bytes)
+    """Play the schedule with workers of equal speed, one slice at a time; return when the last one ends, in bytes."""
+    schedule = _Schedule([_Job(Path(), ("sha256",), size) for size in sizes], slice_bytes, workers=workers)
     busy: list[tuple[int, int, _Job]] = []
+    free = set(range(workers))
     now = 0
     while True:
-        while len(busy) < workers and schedule._idle and (job := schedule.take()):
+        while free and schedule._idle and (job := schedule.take(min(free))):
+            worker = min(free)
+            free.remove(worker)
             part = min(slice_bytes, job.left)
             job.left -= part
-            busy.append((now + part, len(busy), job))
+            busy.append((now + part, worker, job))
         if not busy:
             return now
         busy.sort(key=lambda each: each[:2])
-        now, _, job = busy.pop(0)
-        schedule.give_back(job)
+        now, worker, job = busy.pop(0)
+        free.add(worker)
+        schedule.give_back(job, worker)
 
 
 @given(st.lists(st.integers(1, 10_000), min_size=1, max_size=12), st.integers(1, 8))
@@ -194,3 +198,17 @@ def test_all_cores_must_end_together_unless_one_file_is_too_large_for_that(sizes
     slice_bytes = max(1, sum(sizes) // (workers * 64))
     best = max(*sizes, sum(sizes) / workers)
     assert drain(sizes, slice_bytes, workers) <= best + 2 * slice_bytes
+
+
+def test_a_worker_must_not_read_ahead_into_the_file_that_an_idle_one_needs() -> None:
+    jobs = [_Job(Path(), ("sha256",), size) for size in (30, 20, 10)]
+    schedule = _Schedule(jobs, 1, workers=2)
+    assert schedule.take(0) is jobs[0]
+    assert schedule._may_take(0), "two files are left: one to read ahead, one for the idle worker"
+    assert schedule.take(0) is jobs[1]
+    assert not schedule._may_take(0)
+    assert schedule._may_take(1)
+    assert schedule.take(1) is jobs[2]
+    schedule.give_back(jobs[2], 1)
+    assert not schedule._may_take(0)
+    assert schedule._may_take(1)

@@ -89,10 +89,12 @@ def digest_files(
     jobs = [_Job(path, algorithms, _size(path)) for path in paths.values()]
     cores = min(len(os.sched_getaffinity(0)), len(jobs))
     total = sum(job.left for job in jobs)
-    schedule = _Schedule(jobs, max(SLICE_BYTES, total // (max(1, cores) * SLICES) // CHUNK * CHUNK))
+    slice_bytes = max(SLICE_BYTES, total // (max(1, cores) * SLICES) // CHUNK * CHUNK)
+    schedule = _Schedule(jobs, slice_bytes, workers=cores)
     try:
         with task(report, "hash", text, total=total) as counter:
-            _run_all([work for _ in range(cores) for work in _pair(schedule, counter.advance)], schedule)
+            works = [work for worker in range(cores) for work in _pair(schedule, worker, counter.advance)]
+            _run_all(works, schedule)
     finally:
         for job in jobs:
             job.close()
@@ -181,31 +183,39 @@ class _Job:
 
 
 class _Schedule:
-    """Hands out files, always the one of which most is left, and none to two workers at once."""
+    """Hands out files, always the one of which most is left, and none to two workers at once.
 
-    def __init__(self, jobs: Sequence[_Job], slice_bytes: int) -> None:
+    A worker reads ahead, so it may hold several; but never one that another worker stands idle for.
+    """
+
+    def __init__(self, jobs: Sequence[_Job], slice_bytes: int, *, workers: int) -> None:
         self.slice_bytes = slice_bytes
         self.ended = False
         self._changed = threading.Condition()
-        self._held = 0
+        self._held = [0] * workers
         self._order = {job: number for number, job in enumerate(jobs)}
         self._idle = [(-job.left, number, job) for job, number in self._order.items()]
         heapq.heapify(self._idle)
 
-    def take(self) -> _Job | None:
-        """Return the file to go on with, waiting while others hold all; None when nothing is left."""
+    def take(self, worker: int) -> _Job | None:
+        """Return the file to go on with, waiting while others hold or need all; None when nothing is left."""
         with self._changed:
-            while not self._idle and self._held and not self.ended:
+            while not self.ended and (self._idle or any(self._held)) and not self._may_take(worker):
                 self._changed.wait()
             if self.ended or not self._idle:
                 return None
-            self._held += 1
+            self._held[worker] += 1
+            self._changed.notify_all()
             return heapq.heappop(self._idle)[-1]
 
-    def give_back(self, job: _Job) -> None:
+    def _may_take(self, worker: int) -> bool:
+        idle_workers = self._held.count(0)
+        return len(self._idle) > (idle_workers if self._held[worker] else 0)
+
+    def give_back(self, job: _Job, worker: int) -> None:
         """Let others go on with a file."""
         with self._changed:
-            self._held -= 1
+            self._held[worker] -= 1
             if not job.left:
                 job.close()
             else:
@@ -239,18 +249,20 @@ _Buffers = SimpleQueue[memoryview | None]
 _Pieces = SimpleQueue[_Piece | None]
 
 
-def _pair(schedule: _Schedule, advance: Callable[[int], None]) -> tuple[Callable[[], None], Callable[[], None]]:
+def _pair(
+    schedule: _Schedule, worker: int, advance: Callable[[int], None]
+) -> tuple[Callable[[], None], Callable[[], None]]:
     """Return the work of two threads: one that reads ahead, and one that hashes what it brings."""
     free: _Buffers = SimpleQueue()
     filled: _Pieces = SimpleQueue()
     for _ in range(BUFFERS):
         free.put(new_buffer())
-    return lambda: _read(schedule, free, filled), lambda: _hash(schedule, free, filled, advance)
+    return lambda: _read(schedule, worker, free, filled), lambda: _hash(schedule, worker, free, filled, advance)
 
 
-def _read(schedule: _Schedule, free: _Buffers, filled: _Pieces) -> None:
+def _read(schedule: _Schedule, worker: int, free: _Buffers, filled: _Pieces) -> None:
     try:
-        while job := schedule.take():
+        while job := schedule.take(worker):
             part, cached = job.next_slice(schedule.slice_bytes)
             step = max(1, len(part)) if cached else CHUNK
             for start in range(part.start, max(part.stop, part.start + 1), step):
@@ -264,7 +276,7 @@ def _read(schedule: _Schedule, free: _Buffers, filled: _Pieces) -> None:
         filled.put(None)
 
 
-def _hash(schedule: _Schedule, free: _Buffers, filled: _Pieces, advance: Callable[[int], None]) -> None:
+def _hash(schedule: _Schedule, worker: int, free: _Buffers, filled: _Pieces, advance: Callable[[int], None]) -> None:
     try:
         while piece := filled.get():
             if schedule.ended:
@@ -272,7 +284,7 @@ def _hash(schedule: _Schedule, free: _Buffers, filled: _Pieces, advance: Callabl
             piece.job.update(piece.views())
             advance(len(piece.part))
             if piece.last:
-                schedule.give_back(piece.job)
+                schedule.give_back(piece.job, worker)
             free.put(piece.buffer)
     finally:
         free.put(None)

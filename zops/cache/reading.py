@@ -22,6 +22,9 @@ CHUNK = 8 << 20
 HUGE_PAGE = 2 << 20
 # Below this, finding out where a file is costs more than reading it.
 SMALL = 1 << 20
+# The kernel drops a page here and there from a warm file; reading all of a range past the cache for their sake costs
+# more than reading them in, and little is added to the cache.
+WARM_SHARE = 0.9
 # Through the page cache in blocks that stay in a core's second-level cache between the copy and the hash.
 BLOCK = 256 << 10
 
@@ -60,10 +63,11 @@ class OpenFile:
         os.close(self._descriptor)
 
     def is_cached(self, start: int, stop: int) -> bool:
-        """Tell whether a range is in the page cache as a whole, or so small that it does not matter."""
+        """Tell whether nearly all of a range is in the page cache, or it is so small that it does not matter."""
         if self.size <= SMALL:
             return True
-        return resident_pages(self._descriptor, start, stop - start) >= -(-(stop - start) // mmap.PAGESIZE)
+        pages = -(-(stop - start) // mmap.PAGESIZE)
+        return resident_pages(self._descriptor, start, stop - start) >= WARM_SHARE * pages
 
     def from_disk(self, buffer: memoryview, start: int, count: int) -> int:
         """Fill a buffer of `new_buffer` from the disk, past the page cache where the file system can.
