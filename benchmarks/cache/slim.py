@@ -113,7 +113,7 @@ def main() -> int:
     """Measure, print, and return 1 when a figure is not what is wanted."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("directory", type=Path)
-    parser.add_argument("--size-gb", type=float, default=2.0)
+    parser.add_argument("--size-gb", type=float, default=6.0)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--json", type=Path, dest="json_file", metavar="FILE")
     asked = parser.parse_args()
