@@ -285,6 +285,18 @@ def test_the_command_line_must_tell_by_its_exit_status_what_is_wrong(
     assert call(capsys, tmp_path / "x", "pull", *source)[1]["changed"] is True
 
 
+def test_the_exit_status_must_tell_missing_files_from_damaged_ones(
+    snapshot: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (snapshot / "vae/config.json").unlink()
+    for depth in ((), ("--deep",)):
+        code, body, errors = call(capsys, tmp_path / "cache", "verify", *depth)
+        assert (code, json.loads(errors.splitlines()[-1])["error"]["code"]) == (3, "snapshot-incomplete")
+        assert [f["path"] for f in body["findings"] if f["status"] != "ok"] == ["vae/config.json"]
+    flip(snapshot / SHARD, 400_000)
+    assert call(capsys, tmp_path / "cache", "verify", "--deep")[0] == 4
+
+
 def test_a_directory_must_be_pinned_and_verified_by_its_path(origin: Path, tmp_path: Path, capsys) -> None:
     shutil.copytree(origin, tmp_path / "plain")
     code, body, _ = call(

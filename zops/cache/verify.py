@@ -68,8 +68,17 @@ class Verification:
 
         Raises:
             SnapshotDamaged: naming every file that is not.
-            SnapshotMissing: when all that is wrong is that nobody ever hashed the files.
+            SnapshotMissing: when all that is wrong is that files are missing, or that nobody ever hashed them.
         """
+        missing = [finding.path for finding in self.bad if finding.status == "missing"]
+        if missing and len(missing) == len(self.bad):
+            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            raise SnapshotMissing(
+                f"{len(missing)} file(s) of the snapshot in {self.path} are missing: {shown}",
+                code="snapshot-incomplete",
+                hint="fetch them with: zops cache pull",
+                files=missing,
+            )
         if not self.verified_before and {finding.status for finding in self.bad} == {"changed"}:
             raise SnapshotMissing(
                 f"the snapshot in {self.path} was never verified completely",

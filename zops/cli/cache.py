@@ -77,7 +77,8 @@ def verify(
     """Compare a snapshot with its manifest, without a network.
 
     SNAPSHOT is a directory; without it the best snapshot of the model in the cache is taken. Exit status 3 when there
-    is nothing to compare or nobody ever hashed it, 4 when a file is not what it must be.
+    is nothing to compare, nobody ever hashed it, or all that is wrong is that files are missing; 4 when a file is not
+    what it must be.
 
     --reread reads every byte as --deep does and finds what a disk does to them. It trusts what was recorded beside the
     snapshot, so it cannot find what somebody did who changed the record too: only --deep can.
