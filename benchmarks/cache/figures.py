@@ -1,15 +1,16 @@
 """A cache in the shape of the real one, and figures beside the bars that they are held to."""
 
+import argparse
 import json
 import os
+import shutil
 import statistics
-import time
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.measure import evict, print_table, seconds
-from zops.cache.warm import residency
+from benchmarks.measure import print_table, seconds
 
 # Shares of the six shards: three of fp32 with 25 % each, three of bf16 with a quarter of the whole together.
 SHARES = (0.25, 0.25, 0.25, 0.25 / 3, 0.25 / 3, 0.25 / 3)
@@ -60,16 +61,6 @@ def read_all(paths: Sequence[Path]) -> None:
                 pass
 
 
-def chill(cache: Path, shards: Sequence[Path]) -> None:
-    """Drop the shards from the page cache, and see that they are gone; reads on their way are waited for."""
-    for _ in range(100):
-        evict(shards)
-        if residency(cache).resident < 1 << 20:
-            return
-        time.sleep(0.05)
-    raise AssertionError("the page cache still has it")
-
-
 def rounds(cases: dict[str, Callable[[], object]], runs: int, before: Callable[[], None]) -> dict[str, float]:
     """Return the median seconds of each case; they take turns, so that what else the machine does meets all alike."""
     times: dict[str, list[float]] = {name: [] for name in cases}
@@ -91,4 +82,25 @@ def show(figures: Sequence[Figure], target: Path | None) -> int:
     return int(any(f.verdict == "missed" for f in figures))
 
 
-__all__ = ["Figure", "chill", "read_all", "rounds", "show", "write_cache"]
+def run(description: str, measure: Callable[[Path, float, int], Sequence[Figure]]) -> int:
+    """Read the options that these benchmarks share, measure in a directory of its own, and show the figures.
+
+    Args:
+        description: what is measured, for --help.
+        measure: is given the directory, the size of the cache in GB and the number of rounds.
+    """
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--size-gb", type=float, default=4.0)
+    parser.add_argument("--dir", type=Path, help="where to put the cache (default: the temporary directory)")
+    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    root = Path(tempfile.mkdtemp(prefix="zops-bench-", dir=given.dir))
+    try:
+        figures = measure(root, given.size_gb, given.runs)
+    finally:
+        shutil.rmtree(root)
+    return show(figures, given.json)
+
+
+__all__ = ["Figure", "read_all", "rounds", "run", "show", "write_cache"]

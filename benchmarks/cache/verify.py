@@ -3,19 +3,16 @@
 python -m benchmarks.cache.verify [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
 """
 
-import argparse
 import hashlib
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks.cache.figures import Figure, chill, read_all, rounds, show, write_cache
-from benchmarks.measure import peak_rss_bytes, reset_peak_rss
+from benchmarks.cache.figures import Figure, read_all, rounds, run, write_cache
+from benchmarks.measure import evict, peak_rss_bytes, reset_peak_rss
 from zops.cache.hashing import digest_files
 from zops.cache.reading import CHUNK, OpenFile, new_buffer
 from zops.cache.verify import pin, verify
@@ -93,7 +90,7 @@ def measure(root: Path, size_gb: float, runs: int) -> list[Figure]:
         assert residency(cache).share >= WARM, f"the cache does not stay in memory: {residency(cache)}"
 
     def be_cold() -> None:
-        chill(cache, shards)
+        evict(shards)
 
     peaks = []
     for prepare in (be_warm, be_cold):
@@ -164,18 +161,11 @@ def measure_quick(root: Path, runs: int) -> Figure:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size-gb", type=float, default=4.0)
-    parser.add_argument("--dir", type=Path, help="where to put the cache (default: the temporary directory)")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="zops-bench-", dir=given.dir))
-    try:
-        figures = [*measure(root, given.size_gb, given.runs), measure_quick(root, given.runs)]
-    finally:
-        shutil.rmtree(root)
-    return show(figures, given.json)
+    """Measure, print, and return 1 when a bar was missed."""
+    return run(
+        __doc__.partition("\n")[0],
+        lambda root, size_gb, runs: [*measure(root, size_gb, runs), measure_quick(root, runs)],
+    )
 
 
 if __name__ == "__main__":

@@ -3,17 +3,15 @@
 python -m benchmarks.cache.warm [--size-gb 4] [--dir DIR] [--runs 3] [--json FILE]
 """
 
-import argparse
 import ctypes
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 from pathlib import Path
 
-from benchmarks.cache.figures import Figure, chill, rounds, show, write_cache
+from benchmarks.cache.figures import Figure, rounds, run, write_cache
+from benchmarks.measure import evict
 from zops.cache.warm import residency, warm
 from zops.events import silent
 
@@ -54,7 +52,7 @@ def measure(root: Path, size_gb: float, runs: int) -> list[Figure]:
 
     def be_cold() -> None:
         shares.append(residency(cache).share)
-        chill(cache, shards)
+        evict(shards)
 
     took = rounds(
         {
@@ -89,18 +87,11 @@ def measure_residency(root: Path, runs: int) -> Figure:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--size-gb", type=float, default=4.0)
-    parser.add_argument("--dir", type=Path, help="where to put the cache (default: the temporary directory)")
-    parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--json", type=Path)
-    given = parser.parse_args()
-    root = Path(tempfile.mkdtemp(prefix="zops-bench-", dir=given.dir))
-    try:
-        figures = [*measure(root, given.size_gb, given.runs), measure_residency(root, given.runs)]
-    finally:
-        shutil.rmtree(root)
-    return show(figures, given.json)
+    """Measure, print, and return 1 when a bar was missed."""
+    return run(
+        __doc__.partition("\n")[0],
+        lambda root, size_gb, runs: [*measure(root, size_gb, runs), measure_residency(root, runs)],
+    )
 
 
 if __name__ == "__main__":
