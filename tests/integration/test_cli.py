@@ -87,6 +87,16 @@ def test_what_config_show_prints_must_load_again(tmp_path: Path) -> None:
     assert json.loads(zops("config", "show", "--output", "json", cwd=tmp_path).stdout)["serve"]["port"] == 9001
 
 
+def test_a_mirrors_password_must_not_be_shown(tmp_path: Path) -> None:
+    mirror = ("--set", "source.endpoint=http://me:s3cret@mirror:8080")
+    for argv in (("config", "show"), ("config", "show", "--origin"), ("config", "show", "--output", "json")):
+        shown = zops(*argv, *mirror, cwd=tmp_path).stdout
+        assert "mirror:8080" in shown
+        assert "s3cret" not in shown
+    plan = zops("provision", "--dry-run", "--runtime", "process", "--gpus", "none", *mirror, cwd=tmp_path)
+    assert "s3cret" not in plan.stdout + plan.stderr
+
+
 def test_init_must_write_a_file_that_loads_and_refuse_to_overwrite_it(tmp_path: Path) -> None:
     assert zops("init", cwd=tmp_path).returncode == 0
     before = (tmp_path / "zops.yaml").read_bytes()

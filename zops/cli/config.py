@@ -6,6 +6,7 @@ from typing import Any
 import click
 import yaml
 
+from zops.cache.redact import redacted
 from zops.cli.options import Loaded, with_output, with_spec
 from zops.cli.output import Output
 from zops.errors import UsageError
@@ -62,6 +63,8 @@ def show(*, origin: bool, loaded: Loaded, out: Output) -> None:
       ZOPS_SERVE_PORT=9000 zops config show --origin --output json
     """
     dumped = loaded.spec.model_dump(mode="json")
+    if dumped["source"]["endpoint"]:
+        dumped["source"]["endpoint"] = redacted(dumped["source"]["endpoint"])
     if not origin:
         out.data(dumped, yaml.safe_dump(dumped, sort_keys=False, allow_unicode=True))
         return
@@ -82,6 +85,9 @@ def show(*, origin: bool, loaded: Loaded, out: Output) -> None:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return list(value)
+    if isinstance(value, str):
+        # A mirror's user and password are nobody's business who only looks at the configuration.
+        return redacted(value)
     return str(value) if isinstance(value, Path) else value
 
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import click
 
+from zops.cache.redact import redacted
 from zops.cli.options import Loaded, with_spec
 from zops.cli.output import Output, duration
 
@@ -33,7 +34,7 @@ def provision(*, dry_run: bool, loaded: Loaded, out: Output) -> None:
     from zops.provision.steps import plan  # noqa: PLC0415
 
     outcomes: list[Outcome] = []
-    go_on = shlex.join(["zops", *sys.argv[1:]])
+    go_on = redacted(shlex.join(["zops", *sys.argv[1:]]))
     with out.progress() as report:
         for outcome in run(plan(loaded, dry_run=dry_run).steps(), report, dry_run=dry_run, go_on=go_on):
             outcomes.append(outcome)

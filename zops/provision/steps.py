@@ -5,6 +5,7 @@ from typing import cast
 
 from zops.archive.store import names_revision, newest, open_store
 from zops.cache.layout import Snapshot, is_verified, meant
+from zops.cache.redact import redacted
 from zops.cache.warm import residency, room
 from zops.errors import RuntimeUnreachable, SnapshotDamaged, SnapshotMissing, ZopsError
 from zops.events import Report, silent
@@ -81,7 +82,7 @@ class Provision:
         archive = self._archive()
         if archive:
             return f"restore it from {archive}"
-        place = self.spec.source.path or self.spec.source.endpoint
+        place = redacted(self.spec.source.path or self.spec.source.endpoint or "")
         return f"pull it from {self.spec.source.kind}{f' {place}' if place else ''}"
 
     def _bring_snapshot(self, report: Report) -> str:
