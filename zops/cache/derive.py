@@ -5,7 +5,6 @@ it. Blocks go between them in a few buffers that are made once, so the size of a
 """
 
 import ctypes
-import fcntl
 import hashlib
 import os
 from collections.abc import Callable, Iterator
@@ -19,14 +18,13 @@ from queue import SimpleQueue
 from zops.cache.cast import Caster, Recast, Run
 from zops.cache.hashing import sha256_file
 from zops.cache.manifest import sync_directory
+from zops.cache.source import clone
 
 # Large enough for a disk, small enough that what one thread wrote is still in the cache of the other.
 BLOCK = 2 << 20
 BUFFERS = 4
 # How far ahead the kernel is asked to read: its own read-ahead (128 KiB by default) leaves a disk idle during hashing.
 READ_AHEAD = 8 * BLOCK
-# ioctl number of FICLONE, from linux/fs.h: _IOW(0x94, 9, int).
-_FICLONE = 0x40049409
 # From linux/fs.h. Begins to write what is dirty and does not wait; else all of a file would wait for the fsync.
 _SYNC_FILE_RANGE_WRITE = 2
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -61,7 +59,7 @@ def derive_file(origin: Path, target: Path, how: Recast | None, advance: Advance
     target.unlink(missing_ok=True)
     try:
         with origin.open("rb", buffering=0) as reader, target.open("xb", buffering=0) as writer:
-            if how is None and _clone(reader, writer):
+            if how is None and clone(reader.fileno(), writer.fileno()):
                 digest = sha256_file(target, advance)
                 result = Derived(digest, digest)
             else:
@@ -179,11 +177,3 @@ def _fill(reader: FileIO, view: memoryview) -> bool:
 def _write(writer: FileIO, view: memoryview) -> None:
     while view:
         view = view[writer.write(view) :]
-
-
-def _clone(reader: FileIO, writer: FileIO) -> bool:
-    try:
-        fcntl.ioctl(writer, _FICLONE, reader.fileno())
-    except OSError:
-        return False
-    return True

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path, PurePosixPath
@@ -276,10 +276,15 @@ def require_verified(snapshot: Path) -> Manifest:
     return manifest
 
 
+def few(names: Sequence[str]) -> str:
+    """Name the first three, and say how many more there are."""
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def damaged(snapshot: Path, findings: Iterable[Finding]) -> SnapshotDamaged:
     """Build the error that names every file that is not ok."""
     bad = [finding for finding in findings if finding.status not in {"ok", "extra"}]
-    shown = ", ".join(f"{f.path} ({f.status})" for f in bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    shown = few([f"{f.path} ({f.status})" for f in bad])
     return SnapshotDamaged(
         f"{len(bad)} file(s) of the snapshot in {snapshot} do not match the manifest: {shown}",
         hint="repair it with: zops cache verify --deep --repair",

@@ -7,7 +7,7 @@ from zops.cache.hashing import git_sha1_file, sha256_file
 from zops.cache.hubs import Listed
 from zops.cache.layout import INDEX
 from zops.cache.lock import TIMEOUT_S, hold
-from zops.cache.manifest import FileEntry, Finding, Manifest, Origin, sidecar, write_manifest, write_marker
+from zops.cache.manifest import FileEntry, Finding, Manifest, Origin, few, sidecar, write_manifest, write_marker
 from zops.cache.source import Offer, offer_of_hub
 from zops.cache.verify import findings_of
 from zops.catalog import lookup
@@ -86,7 +86,7 @@ def _held_to_git(path: Path, file: Listed) -> str:
 
 
 def _differs(snapshot: Path, manifest: Manifest, bad: list[Finding]) -> SnapshotDamaged:
-    shown = ", ".join(f"{f.path} ({f.status})" for f in bad[:3]) + (f" and {len(bad) - 3} more" if len(bad) > 3 else "")
+    shown = few([f"{f.path} ({f.status})" for f in bad])
     return SnapshotDamaged(
         f"{len(bad)} file(s) in {snapshot} are not those of {manifest.model} at {manifest.revision}: {shown}",
         code="pin-differs",

@@ -243,7 +243,7 @@ def copy_file(origin: Path, target: Path, advance: Advance) -> None:
     try:
         with origin.open("rb") as reader, target.open("wb") as writer:
             size = os.fstat(reader.fileno()).st_size
-            if not _clone(reader.fileno(), writer.fileno()):
+            if not clone(reader.fileno(), writer.fileno()):
                 _copy(reader.fileno(), writer.fileno(), size, advance)
             else:
                 advance(size)
@@ -257,7 +257,8 @@ def copy_file(origin: Path, target: Path, advance: Advance) -> None:
         raise HubFailure(f"cannot be copied: {error.strerror}", final=True) from error
 
 
-def _clone(reader: int, writer: int) -> bool:
+def clone(reader: int, writer: int) -> bool:
+    """Let one file share the blocks of another; False where the file system cannot."""
     try:
         fcntl.ioctl(writer, FICLONE, reader)
     except OSError:

@@ -17,6 +17,7 @@ from zops.cache.manifest import (
     Marker,
     clear_marker,
     damaged,
+    few,
     quick_check,
     read_manifest,
     read_marker,
@@ -72,9 +73,8 @@ class Verification:
         """
         missing = [finding.path for finding in self.bad if finding.status == "missing"]
         if missing and len(missing) == len(self.bad):
-            shown = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
             raise SnapshotMissing(
-                f"{len(missing)} file(s) of the snapshot in {self.path} are missing: {shown}",
+                f"{len(missing)} file(s) of the snapshot in {self.path} are missing: {few(missing)}",
                 code="snapshot-incomplete",
                 hint="fetch them with: zops cache pull",
                 files=missing,

@@ -112,6 +112,30 @@ def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, 
     return chosen
 
 
+def container_environment(deployment: Deployment, *, snapshot: str) -> dict[str, str]:
+    """Return the environment of an instance in a container or pod, whose root file system is read-only.
+
+    Whatever is written goes to memory or to the volume of compiled kernels.
+
+    Args:
+        deployment: what runs.
+        snapshot: the snapshot's directory inside the container.
+    """
+    inside = serve_environment(
+        deployment,
+        snapshot=snapshot,
+        cache_dir=CACHE_MOUNT,
+        host="0.0.0.0",  # noqa: S104 - inside; who reaches it is for the published port or the Service to say
+        port=SERVE_PORT,
+    )
+    return inside | {
+        "HOME": "/tmp",  # noqa: S108 - inside, and its own
+        "TORCHINDUCTOR_CACHE_DIR": f"{COMPILE_MOUNT}/inductor",
+        "TRITON_CACHE_DIR": f"{COMPILE_MOUNT}/triton",
+        "CUDA_CACHE_PATH": f"{COMPILE_MOUNT}/cuda",
+    }
+
+
 def labels(deployment: Deployment) -> dict[str, str]:
     """Return the labels by which an instance is found again and compared; they are the only record of it."""
     return {

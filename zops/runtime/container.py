@@ -12,8 +12,17 @@ from typing import Any, get_args
 
 from zops.errors import HostShort, SnapshotMissing
 from zops.host.engine import EngineFacts, gpu_request
-from zops.runtime.base import CACHE_MOUNT, COMPILE_MOUNT, LABEL, SERVE_PORT, Deployment, Instance, State, labels
-from zops.runtime.base import serve_environment as common_environment
+from zops.runtime.base import (
+    CACHE_MOUNT,
+    COMPILE_MOUNT,
+    LABEL,
+    SERVE_PORT,
+    Deployment,
+    Instance,
+    State,
+    container_environment,
+    labels,
+)
 
 # The image's own user; docs/reference/image.md.
 USER_ID = 10001
@@ -80,20 +89,7 @@ def container_options(deployment: Deployment, facts: EngineFacts) -> dict[str, A
 
 
 def _environment(deployment: Deployment, facts: EngineFacts) -> dict[str, str]:
-    environment = common_environment(
-        deployment,
-        snapshot=snapshot_inside(deployment),
-        cache_dir=CACHE_MOUNT,
-        host="0.0.0.0",  # noqa: S104 - inside the container; the port is published on serve.host
-        port=SERVE_PORT,
-    )
-    # The root file system is read-only: whatever is written goes to memory or to the volume.
-    environment |= {
-        "HOME": "/tmp",  # noqa: S108 - as above
-        "TORCHINDUCTOR_CACHE_DIR": f"{COMPILE_MOUNT}/inductor",
-        "TRITON_CACHE_DIR": f"{COMPILE_MOUNT}/triton",
-        "CUDA_CACHE_PATH": f"{COMPILE_MOUNT}/cuda",
-    }
+    environment = container_environment(deployment, snapshot=snapshot_inside(deployment))
     request = gpu_request(facts, deployment.spec.gpus)
     if request is None or request["Driver"] == "cdi":
         # CUDA images ask for all GPUs in their environment, and an engine whose default runtime is NVIDIA's obeys.

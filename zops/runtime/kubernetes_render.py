@@ -12,7 +12,7 @@ import yaml
 
 import zops
 from zops.errors import SpecError
-from zops.runtime.base import CACHE_MOUNT, COMPILE_MOUNT, LABEL, SERVE_PORT, Deployment, labels, serve_environment
+from zops.runtime.base import CACHE_MOUNT, LABEL, Deployment, container_environment, labels
 
 NAMESPACE = "zops"
 NODE_LABEL = "zops.io/model-cache"
@@ -142,20 +142,7 @@ def _environment(deployment: Deployment) -> dict[str, str]:
             f"{deployment.snapshot} is outside cache.dir ({deployment.spec.cache.dir}), which is all that a pod sees",
             hint="set cache.dir to a directory that holds the snapshot, on every node",
         ) from None
-    environment = serve_environment(
-        deployment,
-        snapshot=f"{CACHE_MOUNT}/{inside.as_posix()}",
-        cache_dir=CACHE_MOUNT,
-        host="0.0.0.0",  # noqa: S104 - inside the pod; the Service and the NetworkPolicy decide who reaches it
-        port=SERVE_PORT,
-    )
-    # The root file system is read-only: whatever is written goes into volumes that live as long as the pod.
-    environment |= {
-        "HOME": "/tmp",  # noqa: S108 - as above
-        "TORCHINDUCTOR_CACHE_DIR": f"{COMPILE_MOUNT}/inductor",
-        "TRITON_CACHE_DIR": f"{COMPILE_MOUNT}/triton",
-        "CUDA_CACHE_PATH": f"{COMPILE_MOUNT}/cuda",
-    }
+    environment = container_environment(deployment, snapshot=f"{CACHE_MOUNT}/{inside.as_posix()}")
     if deployment.spec.gpus == "none":
         # CUDA images ask for all GPUs in their environment, and nodes whose default runtime is NVIDIA's obey.
         environment["NVIDIA_VISIBLE_DEVICES"] = "void"
