@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,14 +217,6 @@ def test_the_list_must_name_every_model_with_what_is_pinned_of_it(capsys: pytest
 
 
 # --- read by the real libraries (torch, diffusers, transformers: imported inside, because it takes seconds)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _offline() -> Iterator[None]:
-    """Keep the hub's client from ever asking a hub; it reads this when it is imported."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("HF_HUB_OFFLINE", "1")
-        yield
 
 
 @pytest.fixture(scope="module")
