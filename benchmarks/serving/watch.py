@@ -121,15 +121,18 @@ class Watch:
         return faults
 
     def _judge_endings(self, endings: Sequence[Ending]) -> list[str]:
-        faults = []
-        for ending in endings:
-            if ending.code == "not_ready" and self._all_were(200, ending.ended - NEAR_S, ending.ended + NEAR_S):
-                faults.append("a request was refused as not_ready while /readyz answered 200")
-        for began, ended in self._stretches(503):
-            for ending in endings:
-                if ending.pictures and began < ending.began and ending.ended < ended:
-                    faults.append("a picture was made while /readyz answered 503")
-        return faults
+        wrongly_refused = [
+            "a request was refused as not_ready while /readyz answered 200"
+            for ending in endings
+            if ending.code == "not_ready" and self._all_were(200, ending.ended - NEAR_S, ending.ended + NEAR_S)
+        ]
+        wrongly_made = [
+            "a picture was asked for and made while /readyz answered 503"
+            for began, ended in self._stretches(503)
+            for ending in endings
+            if ending.pictures and began < ending.began and ending.ended < ended
+        ]
+        return wrongly_refused + wrongly_made
 
     def _all_were(self, status: int, since: float, until: float) -> bool:
         near = [look.status for look in self.looks if since <= look.answered and look.asked <= until]
@@ -190,7 +193,7 @@ def resident_bytes(pid: int) -> int:
 
 def descriptors(pid: int) -> int:
     """Return how many descriptors a process has open."""
-    return len(os.listdir(f"/proc/{pid}/fd"))
+    return len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
 
 def _stat(pid: int) -> list[str]:

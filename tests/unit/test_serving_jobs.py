@@ -1,7 +1,9 @@
 """Jobs: asked for, looked at, waited for, cancelled, forgotten; and never seen by anybody else."""
 
 import asyncio
+import gc
 import io
+import tracemalloc
 
 import pytest
 
@@ -322,5 +324,21 @@ def test_a_job_must_be_forgotten_when_its_time_is_over():
         await until(lambda: not jobs.size_bytes)
         with pytest.raises(ApiError):
             jobs.find(name, "")
+
+    asyncio.run(act())
+
+
+def test_a_job_that_was_forgotten_before_its_time_must_leave_no_bytes_behind():
+    async def act():
+        jobs = Jobs(metrics(), keep_s=600)
+        tracemalloc.start()
+        try:
+            name = await ended(jobs, 10_000_000)
+            assert tracemalloc.get_traced_memory()[0] > 10_000_000
+            jobs.forget(jobs.find(name, ""))
+            gc.collect()
+            assert tracemalloc.get_traced_memory()[0] < 1_000_000
+        finally:
+            tracemalloc.stop()
 
     asyncio.run(act())

@@ -170,7 +170,7 @@ class Maker:
 
     @property
     def _device_type(self) -> str:
-        return str(self.pipelines.generate.device.type)
+        return str(self.pipelines.device.type)
 
     def _synchronise(self) -> None:
         if self._device_type == "cuda":

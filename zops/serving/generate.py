@@ -27,6 +27,8 @@ class Pipelines:
 
     generate: Any
     edit: Any
+    device: Any
+    """Where both run, as a torch.device. diffusers walks through all modules each time it is asked for it."""
 
     def of(self, mode: Mode) -> Any:
         """Return the one for a mode."""
@@ -82,9 +84,7 @@ def count_tokens(tokenizer: Any, prompt: str) -> int:
 def encode_prompts(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture]) -> Captions:
     """Run the text encoder over the prompts of a batch, over equal ones once."""
     negative = [picture.negative_prompt for picture in pictures] if shape.guidance_scale > 0 else []
-    return Captions(
-        _encode(pipelines.generate, [picture.prompt for picture in pictures]), _encode(pipelines.generate, negative)
-    )
+    return Captions(_encode(pipelines, [picture.prompt for picture in pictures]), _encode(pipelines, negative))
 
 
 def denoise(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], captions: Captions, watch: Watch) -> Any:
@@ -154,15 +154,18 @@ def to_rgb(pixels: Any) -> bytes:
     return bytes(rows.cpu().numpy().tobytes())
 
 
-def _encode(pipeline: Any, prompts: Sequence[str]) -> list[Any]:
+def _encode(pipelines: Pipelines, prompts: Sequence[str]) -> list[Any]:
     import torch  # noqa: PLC0415 - as above
 
     if not prompts:
         return []
     unique = list(dict.fromkeys(prompts))
     with torch.no_grad():
-        made, _ = pipeline.encode_prompt(
-            list(unique), do_classifier_free_guidance=False, max_sequence_length=MAX_PROMPT_TOKENS
+        made, _ = pipelines.generate.encode_prompt(
+            list(unique),
+            device=pipelines.device,
+            do_classifier_free_guidance=False,
+            max_sequence_length=MAX_PROMPT_TOKENS,
         )
     by_prompt = dict(zip(unique, made, strict=True))
     return [by_prompt[prompt] for prompt in prompts]

@@ -74,6 +74,8 @@ class Job:
     result: bytes = field(default=b"", repr=False)
     error: dict[str, str | None] | None = None
     ended: asyncio.Event = field(default_factory=asyncio.Event)
+    expiry: asyncio.TimerHandle | None = None
+    """Forgets it, once it has ended; it holds the job, so it is cancelled when the job is forgotten before."""
 
     def look(self) -> None:
         """Bring status and progress up to date; a job whose images are made and not encoded yet is running."""
@@ -181,6 +183,8 @@ class Jobs:
         if self._jobs.pop(job.id, None) is None:
             return
         job.cancel()
+        if job.expiry:
+            job.expiry.cancel()
         self.size_bytes -= len(job.result)
         self._tell()
 
@@ -229,7 +233,7 @@ class Jobs:
         if job.id in self._jobs:
             # Those that ended stand in the order in which they did.
             self._jobs[job.id] = self._jobs.pop(job.id)
-            asyncio.get_running_loop().call_later(self._keep_s, self.forget, job)
+            job.expiry = asyncio.get_running_loop().call_later(self._keep_s, self.forget, job)
         self._metrics.jobs_ended.labels(job.status).inc()
         self._tell()
         fields = {

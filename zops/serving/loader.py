@@ -167,7 +167,7 @@ def build(snapshot: Path, weights: Weights) -> Pipelines:
         pipeline.set_progress_bar_config(disable=True)
     # Decoding one image at a time makes an image independent of its neighbours in a batch, to the bit in bfloat16.
     weights.vae.enable_slicing()
-    return Pipelines(generate, edit)
+    return Pipelines(generate, edit, generate.device)
 
 
 @contextmanager
@@ -231,7 +231,7 @@ def _warm_up(pipelines: Pipelines, settings: WorkerSettings) -> _WarmUp:
     size = settings.warmup_size
     shape = Shape("generate", size, size, settings.forwards, settings.guidance_scale, bucket=0)
     pictures = [Picture("warmup", WARMUP_PROMPT, seed=0)]
-    on_gpu = pipelines.generate.device.type == "cuda"
+    on_gpu = pipelines.device.type == "cuda"
     captions = encode_prompts(pipelines, shape, pictures)
     if on_gpu:
         # The text encoder's share does not grow with the image.

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from fastapi import FastAPI, Response
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.requests import Request
 from starlette.staticfiles import StaticFiles
 from starlette.types import Scope
@@ -41,4 +42,4 @@ def add_page(app: FastAPI) -> None:
     async def page(request: Request) -> Response:
         return await assets.get_response("index.html", request.scope)
 
-    app.mount("/assets", _Assets(directory=DIRECTORY / "assets", check_dir=False), name="assets")
+    app.mount("/assets", GZipMiddleware(_Assets(directory=DIRECTORY / "assets")), name="assets")

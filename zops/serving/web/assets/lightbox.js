@@ -1,9 +1,7 @@
 // One picture, large, with its receipt and what can be done with it.
 
 import { at } from "./dom.js";
-import { fact, hush, say } from "./texts.js";
-
-const DIGEST_LETTERS = 12;
+import { fact, hush, say, shortDigest } from "./texts.js";
 
 /** Shows pictures of the gallery in a dialog; arrow keys go on to the next. */
 export class Lightbox {
@@ -96,7 +94,7 @@ function factsOf(receipt) {
     ["truncated", receipt.truncated ? "✓" : null],
     ["model", receipt.model],
     ["revision", receipt.revision],
-    ["manifest", receipt.manifest_digest?.slice(0, DIGEST_LETTERS)],
+    ["manifest", shortDigest(receipt)],
     ["dtype", receipt.dtype],
   ];
   return facts.flatMap(([name, value]) => (value == null || value === "" ? [] : fact(name, value)));

@@ -2,7 +2,7 @@
 
 import { getState } from "./api.js";
 import { at, make } from "./dom.js";
-import { fact, say } from "./texts.js";
+import { fact, hush, say, shortDigest } from "./texts.js";
 
 const CALM_MS = 3000;
 const EAGER_MS = 1000;
@@ -48,13 +48,14 @@ function show(state) {
   if (!state) return;
   const { running, waiting } = state.queue;
   at("model").textContent = state.model;
-  at("load").textContent = running + waiting ? `${running} + ${waiting}` : "";
+  if (running + waiting) say(at("load"), "load", state.queue);
+  else hush(at("load"));
   say(at("queue"), "queue", state.queue);
   at("workers").replaceChildren(...state.workers.map(rowOf));
   at("served").replaceChildren(
     ...fact("device", [state.device, state.dtype].filter(Boolean).join(", ") || "–"),
     ...fact("revision", state.revision),
-    ...fact("manifest", state.manifest_digest),
+    ...fact("manifest", shortDigest(state)),
   );
 }
 
@@ -62,7 +63,7 @@ function rowOf(worker) {
   const phase = make("td", { title: worker.reason });
   say(phase, worker.running ? "phase_busy" : `phase_${worker.phase}`);
   const memory = worker.memory_total
-    ? `${(worker.memory_used / GIB).toFixed(1)} / ${(worker.memory_total / GIB).toFixed(0)} GiB`
+    ? `${Math.round(worker.memory_used / GIB)}/${Math.round(worker.memory_total / GIB)} GiB`
     : "–";
   const cells = [worker.running ? worker.forwards : "–", worker.restarts, memory];
   return make("tr", {}, make("td", { textContent: worker.index }), phase, ...cells.map((textContent) => make("td", { textContent })));

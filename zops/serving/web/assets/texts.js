@@ -16,6 +16,7 @@ const EN = {
   done: "Done",
   dtype: "Data type",
   galleryLost: "This browser keeps no images: they are gone when the page is left.",
+  load: "{running} running, {waiting} waiting",
   manifest: "Manifest",
   model: "Model",
   negativeShown: "Without: {text}",
@@ -82,6 +83,7 @@ const ZH = {
   key: "API 密钥",
   keyHint: "仅保留到此标签页关闭为止，且只发送给此服务器。",
   keyTitle: "此服务器需要 API 密钥",
+  load: "运行 {running}，等待 {waiting}",
   manifest: "清单",
   memory: "显存",
   model: "模型",
@@ -168,6 +170,9 @@ export function fact(name, value) {
   say(term, name);
   return [term, make("dd", { textContent: value })];
 }
+
+/** Return as much of a manifest's digest as people compare. */
+export const shortDigest = ({ manifest_digest: digest }) => digest.slice(0, 12);
 
 /** Say all that is within a root in the present language. */
 export function translate(root) {
