@@ -28,7 +28,9 @@ class Pipelines:
     generate: Any
     edit: Any
     device: Any
-    """Where both run, as a torch.device. diffusers walks through all modules each time it is asked for it."""
+    """Where both run, as a torch.device. Kept here because diffusers walks through all modules whenever it is asked."""
+    decoder_dtype: Any
+    """What the decoder takes, as a torch.dtype; kept for the same reason."""
 
     def of(self, mode: Mode) -> Any:
         """Return the one for a mode."""
@@ -130,7 +132,7 @@ def decode(pipelines: Pipelines, latents: Any) -> Any:
 
     pipeline = pipelines.generate
     with torch.no_grad():
-        scaled = latents[None].to(pipeline.vae.dtype) / pipeline.vae.config.scaling_factor
+        scaled = latents[None].to(pipelines.decoder_dtype) / pipeline.vae.config.scaling_factor
         image = pipeline.vae.decode(scaled + pipeline.vae.config.shift_factor, return_dict=False)[0]
         return pipeline.image_processor.postprocess(image, output_type="pt")[0].float()
 

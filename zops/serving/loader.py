@@ -167,7 +167,7 @@ def build(snapshot: Path, weights: Weights) -> Pipelines:
         pipeline.set_progress_bar_config(disable=True)
     # Decoding one image at a time makes an image independent of its neighbours in a batch, to the bit in bfloat16.
     weights.vae.enable_slicing()
-    return Pipelines(generate, edit, generate.device)
+    return Pipelines(generate, edit, generate.device, weights.vae.dtype)
 
 
 @contextmanager
