@@ -35,7 +35,7 @@ unit: setup ## Run the unit tests only (seconds)
 integration: setup tools ## Run the integration tests only
 	@$(PYTEST) tests/integration
 
-e2e: setup engine ## Run the end-to-end tests only
+e2e: setup tools engine ## Run the end-to-end tests only
 	@$(PYTEST) tests/e2e
 
 check: setup ## Lint, format check, types, architecture
