@@ -1,84 +1,210 @@
-/* A libnvidia-ml.so.1 that answers from environment variables, so that pynvml itself runs without a GPU.
+/* A libnvidia-ml.so.1 that answers from a scenario, so that pynvml itself runs without a GPU.
  *
- * FAKE_NVML_INIT   return value of nvmlInit (0 is success)
- * FAKE_NVML_GPUS   one GPU a line: name|uuid|total bytes|used bytes|major|minor|celsius|ECC errors
- *                  an empty number means "not supported"; the name "lost" makes the GPU answer 15 (GPU is lost)
- */
+ * FAKE_NVML names a file of lines `WHO WHAT ANSWER`. WHO is a GPU's index, or `-` for the library; WHAT is the name of an
+ * NVML function, with its arguments after colons where it is asked with several; ANSWER is what it gives, several values
+ * with spaces between them, or `!N` for the return value N. What no line tells is "not supported" (3). Lines that begin
+ * with `#` are notes. scripts/record-nvml writes such a file on a host with GPUs.
+ *
+ *   - nvmlDeviceGetCount 1
+ *   0 nvmlDeviceGetName NVIDIA H200
+ *   0 nvmlDeviceGetTotalEccErrors:1:0 2
+ *   0 nvmlDeviceGetComputeRunningProcesses 4711 2000000000 4712 1000000
+ *   0 lost 12            the GPU answers twelve questions, then falls off the bus (15)
+ *
+ * Compiled with -DOLD_DRIVER it lacks the functions that drivers before 450 lack. */
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
-enum { OK = 0, NOT_SUPPORTED = 3, GPU_IS_LOST = 15, FIELDS = 8, MOST = 16, WIDTH = 96 };
+enum { OK = 0, INVALID = 2, NOT_SUPPORTED = 3, INSUFFICIENT_SIZE = 7, GPU_IS_LOST = 15, MOST = 512, GPUS = 16 };
+typedef unsigned long long u64;
 
-static char fields[MOST][FIELDS][WIDTH];
-static unsigned int count;
+static struct { char who[8], what[80], answer[256]; } lines[MOST];
+static int many, asked[GPUS];
 
-static void parse(void) {
-  const char *text = getenv("FAKE_NVML_GPUS");
-  memset(fields, 0, sizeof fields);
-  count = 0;
-  if (!text || !*text) return;
-  unsigned int field = 0, place = 0;
-  for (; *text && count < MOST; text++) {
-    if (*text == '\n') { count++; field = place = 0; }
-    else if (*text == '|') { field++; place = 0; }
-    else if (field < FIELDS && place + 1 < WIDTH) fields[count][field][place++] = *text;
+static void read_scenario(void) {
+  const char *name = getenv("FAKE_NVML");
+  FILE *file = name ? fopen(name, "r") : NULL;
+  char line[400];
+  many = 0;
+  memset(asked, 0, sizeof asked);
+  while (file && many < MOST && fgets(line, sizeof line, file)) {
+    line[strcspn(line, "\n")] = 0;
+    lines[many].answer[0] = 0;
+    if (line[0] != '#' && sscanf(line, "%7s %79s %255[^\n]", lines[many].who, lines[many].what, lines[many].answer) >= 2)
+      many++;
   }
-  count++;
+  if (file) fclose(file);
 }
 
-static int number(void *device, int field, unsigned long long *value) {
-  const char *text = fields[(size_t)device - 1][field];
-  if (!*text) return NOT_SUPPORTED;
-  *value = strtoull(text, NULL, 10);
-  return OK;
+/* What a scenario tells, NULL when nothing; *result is what the function must return. */
+static const char *answer(const char *who, const char *what, int *result) {
+  *result = NOT_SUPPORTED;
+  for (int i = 0; i < many; i++) {
+    if (strcmp(lines[i].who, who) || strcmp(lines[i].what, what)) continue;
+    *result = lines[i].answer[0] == '!' ? atoi(lines[i].answer + 1) : OK;
+    return *result == OK ? lines[i].answer : NULL;
+  }
+  return NULL;
+}
+
+static const char *of_gpu(void *gpu, const char *what, int *result) {
+  char who[8];
+  const char *left;
+  snprintf(who, sizeof who, "%zu", (size_t)gpu - 1);
+  left = answer(who, "lost", result);
+  if (left && asked[(size_t)gpu - 1]++ >= atoi(left)) return *result = GPU_IS_LOST, NULL;
+  return answer(who, what, result);
+}
+
+static int text(const char *told, int result, char *into, unsigned int size) {
+  if (told) snprintf(into, size, "%s", told);
+  return result;
 }
 
 int nvmlInitWithFlags(unsigned int flags) {
+  int result;
   (void)flags;
-  const char *result = getenv("FAKE_NVML_INIT");
-  parse();
-  return result ? atoi(result) : OK;
+  read_scenario();
+  answer("-", "nvmlInit", &result);
+  return result == NOT_SUPPORTED ? OK : result;
 }
 int nvmlShutdown(void) { return OK; }
 const char *nvmlErrorString(int result) { (void)result; return "an error of the fake library"; }
-int nvmlSystemGetDriverVersion(char *text, unsigned int size) { snprintf(text, size, "580.65.06"); return OK; }
-int nvmlSystemGetCudaDriverVersion(int *version) { *version = 13000; return OK; }
-int nvmlDeviceGetCount_v2(unsigned int *found) { *found = count; return OK; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **device) {
-  if (!strcmp(fields[index][0], "lost")) return GPU_IS_LOST;
-  *device = (void *)(size_t)(index + 1);
-  return OK;
+int nvmlSystemGetDriverVersion(char *into, unsigned int size) {
+  int result;
+  const char *told = answer("-", "nvmlSystemGetDriverVersion", &result);
+  return text(told, result, into, size);
 }
-int nvmlDeviceGetName(void *device, char *text, unsigned int size) {
-  snprintf(text, size, "%s", fields[(size_t)device - 1][0]);
-  return OK;
-}
-int nvmlDeviceGetUUID(void *device, char *text, unsigned int size) {
-  snprintf(text, size, "%s", fields[(size_t)device - 1][1]);
-  return OK;
-}
-int nvmlDeviceGetMemoryInfo(void *device, unsigned long long *memory) {
-  int result = number(device, 2, &memory[0]);
-  if (result == OK) result = number(device, 3, &memory[2]);
-  memory[1] = memory[0] - memory[2];
+int nvmlSystemGetCudaDriverVersion(int *version) {
+  int result;
+  const char *told = answer("-", "nvmlSystemGetCudaDriverVersion", &result);
+  if (told) *version = atoi(told);
   return result;
 }
-int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
-  unsigned long long a, b;
-  if (number(device, 4, &a) || number(device, 5, &b)) return NOT_SUPPORTED;
-  *major = (int)a;
-  *minor = (int)b;
+int nvmlDeviceGetCount_v2(unsigned int *count) {
+  int result;
+  const char *told = answer("-", "nvmlDeviceGetCount", &result);
+  if (told) *count = (unsigned int)atoi(told);
+  return result;
+}
+int nvmlDeviceGetHandleByIndex_v2(unsigned int index, void **gpu) {
+  char who[8];
+  int result;
+  snprintf(who, sizeof who, "%u", index);
+  answer(who, "nvmlDeviceGetHandleByIndex", &result);
+  if (result != OK && result != NOT_SUPPORTED) return result;
+  *gpu = (void *)(size_t)(index + 1);
   return OK;
 }
-int nvmlDeviceGetTemperature(void *device, int sensor, unsigned int *celsius) {
-  unsigned long long value;
-  (void)sensor;
-  if (number(device, 6, &value)) return NOT_SUPPORTED;
-  *celsius = (unsigned int)value;
+int nvmlDeviceGetMemoryInfo(void *gpu, u64 *memory) { /* total, free, used */
+  int result;
+  const char *told = of_gpu(gpu, "nvmlDeviceGetMemoryInfo", &result);
+  if (told && sscanf(told, "%llu %llu %llu", memory, memory + 1, memory + 2) != 3) return INVALID;
+  return result;
+}
+int nvmlDeviceGetCudaComputeCapability(void *gpu, int *major, int *minor) {
+  int result;
+  const char *told = of_gpu(gpu, "nvmlDeviceGetCudaComputeCapability", &result);
+  if (told && sscanf(told, "%d %d", major, minor) != 2) return INVALID;
+  return result;
+}
+int nvmlDeviceGetTotalEccErrors(void *gpu, int kind, int counter, u64 *count) {
+  char what[80];
+  int result;
+  const char *told;
+  snprintf(what, sizeof what, "nvmlDeviceGetTotalEccErrors:%d:%d", kind, counter);
+  told = of_gpu(gpu, what, &result);
+  if (told) *count = strtoull(told, NULL, 10);
+  return result;
+}
+int nvmlDeviceGetPciInfo_v3(void *gpu, char *info) { /* legacy[16], domain, bus, device, two ids, busId[32] */
+  int result;
+  const char *told = of_gpu(gpu, "nvmlDeviceGetPciInfo", &result);
+  unsigned int place[3];
+  if (told && sscanf(told, "%x:%x:%x", place, place + 1, place + 2) != 3) return INVALID;
+  if (told) memcpy(info + 16, place, sizeof place);
+  return result;
+}
+
+#define TEXT(NAME)                                                 \
+  int NAME(void *gpu, char *into, unsigned int size) {             \
+    int result;                                                    \
+    const char *told = of_gpu(gpu, #NAME, &result);                \
+    return text(told, result, into, size);                         \
+  }
+#define NUMBER(NAME)                                               \
+  int NAME(void *gpu, unsigned int *value) {                       \
+    int result;                                                    \
+    const char *told = of_gpu(gpu, #NAME, &result);                \
+    if (told) *value = (unsigned int)strtoul(told, NULL, 10);      \
+    return result;                                                 \
+  }
+#define NUMBER_OF(NAME)                                            \
+  int NAME(void *gpu, int which, unsigned int *value) {            \
+    char what[80];                                                 \
+    int result;                                                    \
+    const char *told;                                              \
+    snprintf(what, sizeof what, "%s:%d", #NAME, which);            \
+    told = of_gpu(gpu, what, &result);                             \
+    if (told) *value = (unsigned int)strtoul(told, NULL, 10);      \
+    return result;                                                 \
+  }
+
+TEXT(nvmlDeviceGetName)
+TEXT(nvmlDeviceGetUUID)
+NUMBER(nvmlDeviceGetPersistenceMode)
+NUMBER(nvmlDeviceGetPerformanceState)
+NUMBER(nvmlDeviceGetCurrPcieLinkGeneration)
+NUMBER(nvmlDeviceGetCurrPcieLinkWidth)
+NUMBER(nvmlDeviceGetMaxPcieLinkGeneration)
+NUMBER(nvmlDeviceGetMaxPcieLinkWidth)
+NUMBER(nvmlDeviceGetRetiredPagesPendingStatus)
+NUMBER_OF(nvmlDeviceGetTemperature)
+NUMBER_OF(nvmlDeviceGetTemperatureThreshold)
+
+int nvmlDeviceGetCurrentClocksThrottleReasons(void *gpu, u64 *bits) {
+  int result;
+  const char *told = of_gpu(gpu, "nvmlDeviceGetCurrentClocksThrottleReasons", &result);
+  if (told) *bits = strtoull(told, NULL, 0);
+  return result;
+}
+
+/* The addresses of pages, as many as the answer's number says. */
+int nvmlDeviceGetRetiredPages(void *gpu, int cause, unsigned int *count, u64 *pages) {
+  char what[80];
+  int result;
+  unsigned int found, room = *count;
+  const char *told;
+  snprintf(what, sizeof what, "nvmlDeviceGetRetiredPages:%d", cause);
+  told = of_gpu(gpu, what, &result);
+  if (!told) return result;
+  *count = found = (unsigned int)atoi(told);
+  if (!pages || room < found) return found ? INSUFFICIENT_SIZE : OK;
+  for (unsigned int i = 0; i < found; i++) pages[i] = 4096ull * (i + 1);
   return OK;
 }
-int nvmlDeviceGetTotalEccErrors(void *device, int kind, int counter, unsigned long long *errors) {
-  /* Only uncorrected (1) and volatile (0) are asked for; anything else would be a bug of ours. */
-  return kind == 1 && counter == 0 ? number(device, 7, errors) : NOT_SUPPORTED;
+
+#ifndef OLD_DRIVER
+int nvmlDeviceGetRemappedRows(void *gpu, unsigned int *corrected, unsigned int *uncorrected, unsigned int *pending,
+                              unsigned int *failed) {
+  int result;
+  const char *told = of_gpu(gpu, "nvmlDeviceGetRemappedRows", &result);
+  if (told && sscanf(told, "%u %u %u %u", corrected, uncorrected, pending, failed) != 4) return INVALID;
+  return result;
 }
+
+struct process { unsigned int pid; u64 memory; unsigned int gpu_instance, compute_instance; };
+
+int nvmlDeviceGetComputeRunningProcesses_v3(void *gpu, unsigned int *count, struct process *into) {
+  int result, read = 0;
+  unsigned int room = *count, found = 0;
+  struct process one = {0};
+  const char *told = of_gpu(gpu, "nvmlDeviceGetComputeRunningProcesses", &result);
+  if (!told) return result;
+  for (; sscanf(told, "%u %llu%n", &one.pid, &one.memory, &read) == 2; told += read, found++)
+    if (into && found < room) into[found] = one;
+  *count = found;
+  return found > room || (found && !into) ? INSUFFICIENT_SIZE : OK;
+}
+#endif

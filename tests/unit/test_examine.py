@@ -5,7 +5,7 @@ import pytest
 from zops.cache.layout import place
 from zops.cache.manifest import Manifest
 from zops.catalog import Z_IMAGE_TURBO
-from zops.health.examine import needs
+from zops.health.needs import needs
 from zops.spec import Spec
 
 

@@ -62,3 +62,11 @@ def test_every_value_that_the_file_repeats_must_be_the_default(tmp_path: Path) -
             section, _, key = path.rpartition(".")
             of = lambda spec, s=section: getattr(spec, s) if s else spec  # noqa: E731
             assert getattr(of(file.spec), key) == getattr(of(default), key), path
+
+
+@pytest.mark.parametrize(("memory", "edge"), [(150 * 10**9, 2048), (25_757_220_864, 1248), (10**10, 2048)])
+def test_the_largest_image_must_be_one_that_the_smallest_gpu_has_room_for(
+    memory: int, edge: int, tmp_path: Path
+) -> None:
+    made = compose(GpuFacts(gpus=(H200, replace(H200, memory_total_bytes=memory))), [NVME])
+    assert loaded(made.text, tmp_path).spec.serve.max_pixels == edge * edge

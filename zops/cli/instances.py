@@ -22,7 +22,7 @@ def up(*, loaded: Loaded, out: Output, wait: bool) -> None:
     """Start the instance, or recreate it where it drifted.
 
     The snapshot must be in the cache and verified. The image is built (or pulled) where it is missing. An instance
-    that runs as zops.yaml says is left alone.
+    that runs as zops.yaml says is left alone. Refused where the largest allowed image cannot fit on a wanted GPU.
 
     \b
     Examples:
@@ -30,7 +30,10 @@ def up(*, loaded: Loaded, out: Output, wait: bool) -> None:
       zops up --port 8001 --no-wait
       zops up --runtime process --gpus none
     """
+    from zops.health.examine import require_gpu_room  # noqa: PLC0415 - as below; the other commands here need no GPU
+
     deployment = deploy(loaded.spec)
+    require_gpu_room(loaded)
     runtime = open_runtime(loaded.spec)
     with out.progress() as report:
         instance = bring_up(runtime, deployment, report)

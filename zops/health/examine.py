@@ -1,25 +1,21 @@
 """The doctor's visit: what the deployment will need, what of ours runs already, and then every check."""
 
-from collections.abc import Sequence
-from contextlib import suppress
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from urllib.parse import urlsplit
 
-from zops.cache.layout import find, place
-from zops.cache.manifest import FileEntry, Manifest, read_manifest
-from zops.catalog import Model, lookup
-from zops.errors import SnapshotDamaged, ZopsError
+from zops.catalog import lookup
+from zops.errors import ZopsError
 from zops.events import Report, silent
+from zops.health.needs import needs
+from zops.host.capacity import Capacity, judge_capacity
 from zops.host.checks import CHECKS
-from zops.host.doctor import Context, Diagnosis, Need, Senses, diagnose
+from zops.host.context import Context, Senses
+from zops.host.doctor import Diagnosis, diagnose, refusal
+from zops.host.engine import EngineFacts
 from zops.runtime.base import Runtime
+from zops.runtime.container import require_readable
+from zops.runtime.deployment import deploy
 from zops.spec import Loaded, Spec
-
-# Transformer and VAE peaked at 15.2 GB for one image of 1024 x 1024 on an H200 (eager, bfloat16), of which 12.5 GB are
-# weights. More pixels are counted in proportion, which was not measured.
-ACTIVATION_BYTES_A_PIXEL = 2_700_000_000 / (1024 * 1024)
-# Peak of anonymous memory with device_map="cuda" was 0.7 GB; torch, CUDA and the HTTP process take the rest.
-GPU_LOAD_BYTES = 4_000_000_000
 
 
 def examine_host(
@@ -48,49 +44,50 @@ def examine_host(
         need=needs(loaded.spec),
         own_ports=_own_ports(loaded.spec, runtime),
         senses=senses or Senses(),
+        readable=_reader(loaded.spec),
     )
     return diagnose(context, CHECKS, only=only, report=report)
 
 
-def needs(spec: Spec) -> Need:
-    """Return what a deployment will ask of its host, as far as catalog and cache know."""
+def require_gpu_room(loaded: Loaded, senses: Senses | None = None) -> None:
+    """Refuse a deployment whose largest allowed image cannot fit on a GPU that it wants, as far as it is seen here.
+
+    Raises:
+        HostShort: naming the largest image that would fit.
+    """
+    if error := refusal(examine_host(loaded, only=("gpu-memory",), senses=senses)):
+        raise error
+
+
+def capacity(spec: Spec, senses: Senses | None = None) -> Capacity:
+    """Return which precision and size fit on the GPUs that a specification wants, as far as they are seen here.
+
+    Raises:
+        ZopsError: when nobody knows what the model needs.
+    """
     model = lookup(spec.model)
-    weights = model.resident_bytes * (2 if _float32(spec) else 1)
-    missing = _missing(spec, model)
-    on_gpu = spec.gpus != "none"
-    return Need(
-        gpu_weights_bytes=weights,
-        gpu_activation_bytes=int(spec.serve.max_pixels * ACTIVATION_BYTES_A_PIXEL) if weights else 0,
-        load_bytes=0 if not weights else GPU_LOAD_BYTES if on_gpu else weights + GPU_LOAD_BYTES,
-        disk_bytes=None if missing is None else sum(entry.size for entry in missing),
-        files=len(missing or ()),
-    )
+    if not model.resident_bytes:
+        raise ZopsError(
+            f"what {spec.model} needs of a GPU is not known",
+            code="capacity-unknown",
+            hint="see the models that are known with: zops model list",
+        )
+    context = Context(spec=spec, senses=senses or Senses())
+    dtype = "float32" if spec.serve.dtype == "float32" else "bfloat16"
+    gpus = context.wanted_gpus if context.on_this_host else ()
+    return judge_capacity(spec.model, model.resident_bytes, dtype, spec.serve.max_pixels, gpus)
 
 
-def _float32(spec: Spec) -> bool:
-    return spec.serve.dtype == "float32" or (spec.serve.dtype == "auto" and spec.gpus == "none")
-
-
-def _missing(spec: Spec, model: Model) -> list[FileEntry] | None:
-    """Return the files that the cache lacks; None when nobody can say which there must be."""
-    for snapshot in find(spec.cache.dir, spec.model):
-        with suppress(SnapshotDamaged):
-            manifest = read_manifest(snapshot.path)
-            if manifest is not None:
-                return [entry for entry in manifest.files if not _is_there(snapshot.path / entry.path, entry.size)]
-    pinned = model.pinned()
-    if pinned is None:
+def _reader(spec: Spec) -> Callable[[EngineFacts | None], None] | None:
+    """Return what a runtime itself asks before it starts an instance; None where no container's user is to read."""
+    if spec.runtime != "docker":
         return None
-    manifest = Manifest.from_json(pinned)
-    directory = place(spec.cache.dir, spec.model, manifest.revision)
-    return [entry for entry in manifest.files if not _is_there(directory / entry.path, entry.size)]
 
+    def require(facts: EngineFacts | None) -> None:
+        if facts is not None:
+            require_readable(deploy(spec), facts)
 
-def _is_there(path: Path, size: int) -> bool:
-    try:
-        return path.stat().st_size == size
-    except OSError:
-        return False
+    return require
 
 
 def _own_ports(spec: Spec, runtime: Runtime | None) -> frozenset[int]:

@@ -1,23 +1,19 @@
 """The doctor: runs checks over the facts of this host and says what to do about what is wrong.
 
-A check is a small object that reads one thing from a `Context` and judges it. It never changes anything, it never
-needs a GPU, an engine or root to run, and where it cannot see it says so instead of guessing.
+A check is a small object that reads one thing from a `Context` (host/context.py) and judges it. It never changes
+anything, it never needs a GPU, an engine or root to run, and where it cannot see it says so instead of guessing.
 """
 
+import shlex
+import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from zops.errors import HostShort, RuntimeUnreachable, UsageError, ZopsError
+from zops.errors import HostShort, UsageError, ZopsError
 from zops.events import Report, silent, task
-from zops.host.disk import Disk, disk_of
-from zops.host.engine import EngineFacts, inspect, resolve
-from zops.host.gpu import Gpu, GpuFacts, read_gpus
-from zops.host.memory import Memory, read_memory
-from zops.host.ports import Listener, find_listener, why_not_bindable
-from zops.spec import Spec
+from zops.host.context import Context
 
 Verdict = Literal["ok", "warn", "fail", "skipped"]
 ELSEWHERE = "instances run on another machine, which cannot be seen from here"
@@ -25,106 +21,28 @@ PAGE = "docs/reference/doctor.md"
 
 
 @dataclass(frozen=True, slots=True)
-class Need:
-    """What the deployment will ask of this host, as far as it is known; the model's numbers come from the catalog.
-
-    Attributes:
-        gpu_weights_bytes: GPU memory for the weights, 0 when it is not known.
-        gpu_activation_bytes: GPU memory on top of that while the largest allowed image is made.
-        load_bytes: host memory that loading takes at its peak, 0 when it is not known.
-        disk_bytes: bytes that the cache still lacks, None when it is not known.
-        files: files that it still lacks.
-    """
-
-    gpu_weights_bytes: int = 0
-    gpu_activation_bytes: int = 0
-    load_bytes: int = 0
-    disk_bytes: int | None = None
-    files: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Senses:
-    """How facts are read; a test puts its own in place of the ones that need hardware."""
-
-    gpus: Callable[[], GpuFacts] = read_gpus
-    memory: Callable[[], Memory] = read_memory
-    disk: Callable[[Path], Disk] = disk_of
-    engine: Callable[[str], EngineFacts] = inspect
-    why_not_bindable: Callable[[str, int], str] = why_not_bindable
-    listener: Callable[[int], Listener | None] = find_listener
-
-
-@dataclass(frozen=True)
-class Context:
-    """What the checks judge: the specification, what it needs, and the facts, each read once and only when asked for.
-
-    Attributes:
-        spec: the deployment.
-        file: where it was read from, None when everything is default.
-        need: what it will ask of the host.
-        own_ports: ports on which an instance of ours serves already.
-        senses: how facts are read.
-    """
-
-    spec: Spec
-    file: Path | None = None
-    need: Need = Need()
-    own_ports: frozenset[int] = frozenset()
-    senses: Senses = field(default_factory=Senses)
-
-    @cached_property
-    def gpus(self) -> GpuFacts:
-        """GPUs of this host."""
-        return self.senses.gpus()
-
-    @cached_property
-    def memory(self) -> Memory:
-        """Memory of this host."""
-        return self.senses.memory()
-
-    @cached_property
-    def disk(self) -> Disk:
-        """The file system in which the cache lies."""
-        return self.senses.disk(self.spec.cache.dir)
-
-    @cached_property
-    def engine(self) -> EngineFacts | RuntimeUnreachable:
-        """The container engine, or why it cannot be talked to."""
-        try:
-            return self.senses.engine(self.spec.engine)
-        except RuntimeUnreachable as error:
-            return error
-
-    @cached_property
-    def on_this_host(self) -> bool:
-        """Whether instances run on this machine, so that its disks, memory, ports and GPUs are the ones that matter."""
-        if self.spec.runtime != "docker":
-            return self.spec.runtime == "process"
-        try:
-            return resolve(self.spec.engine).is_local
-        except RuntimeUnreachable:
-            # The engine check says what is wrong with it; whose host it would be on is not known.
-            return False
-
-    @property
-    def wanted_gpus(self) -> tuple[Gpu, ...]:
-        """The GPUs of this host that the specification asks for."""
-        if self.spec.gpus == "none":
-            return ()
-        if self.spec.gpus == "all":
-            return self.gpus.gpus
-        return tuple(gpu for gpu in self.gpus.gpus if gpu.index in self.spec.gpus or gpu.uuid in self.spec.gpus)
-
-
-@dataclass(frozen=True, slots=True)
 class Finding:
-    """What a check concludes. `remedy` is a command wherever there is one; `evidence` is what was seen."""
+    """What a check concludes.
+
+    Attributes:
+        verdict: ok, warn, fail or skipped.
+        reason: why, in one sentence.
+        remedy: what to do, a command wherever there is one.
+        evidence: what was seen.
+        fix: the command that `zops doctor --fix` may run; empty where mending is not safe to do for somebody.
+        unseen: whether it was skipped because the answer cannot be seen from here, and not because nobody needs it.
+    """
 
     verdict: Verdict
     reason: str
     remedy: str = ""
     evidence: Mapping[str, Any] = field(default_factory=dict)
+    fix: tuple[str, ...] = ()
+    unseen: bool = False
+
+    def fixed_by(self, *argv: str) -> "Finding":
+        """Return the finding with the command that mends it: one that loses nothing and stops nobody."""
+        return replace(self, fix=argv)
 
 
 def ok(reason: str, **evidence: Any) -> Finding:
@@ -143,8 +61,13 @@ def fail(reason: str, remedy: str, **evidence: Any) -> Finding:
 
 
 def skipped(reason: str) -> Finding:
-    """Conclude nothing, because the question does not arise or the answer cannot be seen from here."""
+    """Conclude nothing, because the question does not arise."""
     return Finding("skipped", reason)
+
+
+def unseen(reason: str) -> Finding:
+    """Conclude nothing, because the answer cannot be seen from here."""
+    return Finding("skipped", reason, unseen=True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,22 +92,26 @@ class Check:
     def run(self, context: Context) -> "CheckResult":
         """Judge; what the operating system refuses to show is skipped with its reason, not an error."""
         if self.here and not context.on_this_host:
-            return CheckResult(self.id, self.title, skipped(ELSEWHERE), self.error)
+            return CheckResult(self, unseen(ELSEWHERE))
         try:
             finding = self.judge(context)
         except OSError as error:
-            finding = skipped(f"cannot be seen from here: {error}")
-        return CheckResult(self.id, self.title, finding, self.error)
+            finding = unseen(f"cannot be seen from here: {error}")
+        return CheckResult(self, finding)
 
 
 @dataclass(frozen=True, slots=True)
 class CheckResult:
-    """A judged check. `error` is what a command raises that needs it to pass."""
+    """A judged check. `fixed` tells whether its fix was run just before."""
 
-    id: str
-    title: str
+    check: Check
     finding: Finding
-    error: type[ZopsError] = HostShort
+    fixed: bool = False
+
+    @property
+    def id(self) -> str:
+        """The name of the check."""
+        return self.check.id
 
     @property
     def verdict(self) -> Verdict:
@@ -196,14 +123,21 @@ class CheckResult:
         """Where the documentation explains the check."""
         return f"{PAGE}#{self.id}"
 
+    def after_fix(self) -> "CheckResult":
+        """Return the result with the note that its fix was run before."""
+        return replace(self, fixed=True)
+
     def as_json(self) -> dict[str, Any]:
         """Return the result as documented in docs/reference/json.md."""
         return {
             "id": self.id,
-            "title": self.title,
+            "title": self.check.title,
             "verdict": self.finding.verdict,
             "reason": self.finding.reason,
             "remedy": self.finding.remedy,
+            "fix": shlex.join(self.finding.fix),
+            "fixed": self.fixed,
+            "unseen": self.finding.unseen,
             "evidence": dict(self.finding.evidence),
             "documentation": self.anchor,
         }
@@ -211,9 +145,10 @@ class CheckResult:
 
 @dataclass(frozen=True, slots=True)
 class Diagnosis:
-    """Every check that was made, in its order."""
+    """Every check that was made, in its order, and how long it took."""
 
     results: tuple[CheckResult, ...]
+    seconds: float = 0.0
 
     def having(self, verdict: Verdict) -> tuple[CheckResult, ...]:
         """Return the results with one verdict."""
@@ -225,21 +160,36 @@ class Diagnosis:
         return not self.having("fail")
 
     @property
+    def fixable(self) -> tuple[CheckResult, ...]:
+        """The results that `zops doctor --fix` can mend."""
+        return tuple(result for result in self.results if result.finding.fix)
+
+    @property
     def summary(self) -> str:
         """The counts, in one line."""
         failed, warned, fine, unseen = (len(self.having(v)) for v in ("fail", "warn", "ok", "skipped"))
         return f"{failed} failed, {warned} to look at, {fine} ok, {unseen} skipped"
 
+    def with_results(self, results: Sequence[CheckResult]) -> "Diagnosis":
+        """Return the diagnosis with some results in place of the older ones of the same checks."""
+        newer = {result.id: result for result in results}
+        return replace(self, results=tuple(newer.get(result.id, result) for result in self.results))
+
     def as_json(self) -> dict[str, Any]:
         """Return the diagnosis as documented in docs/reference/json.md."""
         counts = {verdict: len(self.having(verdict)) for verdict in ("ok", "warn", "fail", "skipped")}
-        return {"sound": self.sound, "counts": counts, "checks": [result.as_json() for result in self.results]}
+        return {
+            "sound": self.sound,
+            "counts": counts,
+            "seconds": round(self.seconds, 3),
+            "checks": [result.as_json() for result in self.results],
+        }
 
 
 def diagnose(
     context: Context, checks: Sequence[Check], *, only: Sequence[str] = (), report: Report = silent
 ) -> Diagnosis:
-    """Run the checks in their order.
+    """Run the checks side by side, since most wait for somebody: an engine, a hub, a library, a disk.
 
     Args:
         context: what to judge.
@@ -257,12 +207,18 @@ def diagnose(
             f"there is no check {unknown[0]}", code="check-unknown", hint=f"one of: {', '.join(sorted(known))}"
         )
     chosen = [check for check in checks if not only or check.id in only]
-    results = []
+    began = time.monotonic()
     with task(report, "doctor", "examining this host", total=len(chosen), unit="checks") as counter:
-        for check in chosen:
-            results.append(check.run(context))
+
+        def run(check: Check) -> CheckResult:
+            result = check.run(context)
             counter.advance(1)
-    return Diagnosis(tuple(results))
+            return result
+
+        # A thread a check: with fewer, those that wait for one fact would keep another from being read.
+        with ThreadPoolExecutor(len(chosen), "check") as pool:
+            results = tuple(pool.map(run, chosen))
+    return Diagnosis(results, time.monotonic() - began)
 
 
 def refusal(diagnosis: Diagnosis) -> ZopsError | None:
@@ -272,8 +228,8 @@ def refusal(diagnosis: Diagnosis) -> ZopsError | None:
         return None
     first = failed[0]
     more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return first.error(
-        f"this host is not fit: {first.title}: {first.finding.reason}{more}",
+    return first.check.error(
+        f"this host is not fit: {first.check.title}: {first.finding.reason}{more}",
         code="host-unfit",
         hint=f"{first.finding.remedy}; see everything with: zops doctor",
         checks=[result.as_json() for result in failed],

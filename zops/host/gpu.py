@@ -1,16 +1,50 @@
 """GPUs of this machine as NVIDIA's management library (NVML) sees them; the only place that talks to it.
 
-A host without GPUs is a fact, not an error: `read_gpus` never raises, it says why it saw nothing.
+A host without GPUs is a fact, not an error: `read_gpus` never raises, it says why it saw nothing. Meanings of the
+answers: NVIDIA's NVML API reference.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 Value = TypeVar("Value")
 
 BFLOAT16_SINCE = (8, 0)
 """First compute capability with bfloat16 in hardware (Ampere); CUDA C programming guide, arithmetic instructions."""
+
+# Bits of nvmlDeviceGetCurrentClocksThrottleReasons that mean trouble. The others (idle, set clocks, the power cap that
+# every busy card reaches) are how a sound GPU works.
+SLOWDOWNS = {0x08: "hardware", 0x20: "heat, by the driver", 0x40: "heat, by the hardware", 0x80: "power brake"}
+FULL_SPEED_STATE = 0
+PROC = Path("/proc")
+
+
+@dataclass(frozen=True, slots=True)
+class GpuProcess:
+    """A program that computes on a GPU. `name` is empty and `memory_bytes` None where they cannot be seen."""
+
+    pid: int
+    name: str = ""
+    memory_bytes: int | None = None
+
+    def __str__(self) -> str:
+        memory = "" if self.memory_bytes is None else f" with {self.memory_bytes / 1e9:.1f} GB"
+        return f"{self.name or 'process'} (pid {self.pid}){memory}"
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """The PCIe link of a GPU: what it runs at, and the most that card and slot allow together."""
+
+    generation: int
+    width: int
+    max_generation: int
+    max_width: int
+
+    def __str__(self) -> str:
+        return f"PCIe {self.generation} x{self.width} of {self.max_generation} x{self.max_width}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +60,28 @@ class Gpu:
     temperature_c: int | None = None
     ecc_uncorrected: int | None = None
     """Uncorrectable memory errors since the driver was loaded."""
+    ecc_uncorrected_ever: int | None = None
+    """Uncorrectable memory errors in the life of the board."""
+    slowdown_c: int | None = None
+    """Temperature at which it slows itself down."""
+    slowdowns: tuple[str, ...] | None = None
+    """Why its clocks are held down now, where that means trouble."""
+    retired_pages: int | None = None
+    """Pages of memory taken out of use for double-bit errors (before Ampere)."""
+    repair_pending: bool | None = None
+    """Whether pages or rows of memory wait for a reset to be taken out of use."""
+    repair_failed: bool | None = None
+    """Whether a broken row of memory could not be replaced by a spare one."""
+    remapped_rows: int | None = None
+    """Rows of memory replaced for uncorrectable errors (Ampere and newer)."""
+    persistence: bool | None = None
+    """Whether the driver stays loaded while nobody uses the GPU."""
+    at_full_speed: bool | None = None
+    """Whether it is in its fastest performance state; an idle GPU lowers its clocks and its link."""
+    link: Link | None = None
+    pci: str = ""
+    """Its address as the kernel's log has it: domain:bus:device, in hexadecimal digits."""
+    processes: tuple[GpuProcess, ...] | None = None
 
     @property
     def memory_free_bytes(self) -> int:
@@ -40,7 +96,7 @@ class Gpu:
 
 @dataclass(frozen=True, slots=True)
 class GpuFacts:
-    """Every GPU of this host, with the driver behind them; without any, `reason` says why."""
+    """Every GPU of this host, with the driver behind them; without any, or where one is missing, `reason` says why."""
 
     gpus: tuple[Gpu, ...] = ()
     driver: str = ""
@@ -86,8 +142,20 @@ def _read(nvml: Any) -> GpuFacts:
 
 def _read_gpu(nvml: Any, index: int) -> Gpu:
     handle = nvml.nvmlDeviceGetHandleByIndex(index)
+
+    def told(ask: Callable[..., Value], *more: object) -> Value | None:
+        return _told(nvml, lambda: ask(handle, *more))
+
+    def errors(counter: int) -> int | None:
+        return told(nvml.nvmlDeviceGetTotalEccErrors, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, counter)
+
     memory = nvml.nvmlDeviceGetMemoryInfo(handle)
-    capability = _told(nvml, lambda: nvml.nvmlDeviceGetCudaComputeCapability(handle))
+    capability = told(nvml.nvmlDeviceGetCudaComputeCapability)
+    pages = told(nvml.nvmlDeviceGetRetiredPages, nvml.NVML_PAGE_RETIREMENT_CAUSE_DOUBLE_BIT_ECC_ERROR)
+    rows = told(nvml.nvmlDeviceGetRemappedRows)
+    pending = [_flag(told(nvml.nvmlDeviceGetRetiredPagesPendingStatus)), _flag(rows[2] if rows else None)]
+    state = told(nvml.nvmlDeviceGetPerformanceState)
+    running = told(nvml.nvmlDeviceGetComputeRunningProcesses_v3)
     return Gpu(
         index=index,
         uuid=nvml.nvmlDeviceGetUUID(handle),
@@ -95,21 +163,66 @@ def _read_gpu(nvml: Any, index: int) -> Gpu:
         memory_total_bytes=int(memory.total),
         memory_used_bytes=int(memory.used),
         compute_capability=(int(capability[0]), int(capability[1])) if capability else None,
-        temperature_c=_told(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
-        ecc_uncorrected=_told(
-            nvml,
-            lambda: nvml.nvmlDeviceGetTotalEccErrors(
-                handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
-            ),
-        ),
+        temperature_c=told(nvml.nvmlDeviceGetTemperature, nvml.NVML_TEMPERATURE_GPU),
+        ecc_uncorrected=errors(nvml.NVML_VOLATILE_ECC),
+        ecc_uncorrected_ever=errors(nvml.NVML_AGGREGATE_ECC),
+        slowdown_c=told(nvml.nvmlDeviceGetTemperatureThreshold, nvml.NVML_TEMPERATURE_THRESHOLD_SLOWDOWN),
+        slowdowns=_slowdowns(told(nvml.nvmlDeviceGetCurrentClocksThrottleReasons)),
+        retired_pages=None if pages is None else len(pages),
+        repair_pending=None if pending == [None, None] else any(pending),
+        repair_failed=_flag(rows[3] if rows else None),
+        remapped_rows=rows[1] if rows else None,
+        persistence=_flag(told(nvml.nvmlDeviceGetPersistenceMode)),
+        at_full_speed=None if state is None else state == FULL_SPEED_STATE,
+        link=_link(nvml, told),
+        pci=_pci(told(nvml.nvmlDeviceGetPciInfo)),
+        processes=None if running is None else tuple(_process(entry) for entry in running),
     )
 
 
+def _link(nvml: Any, told: Callable[..., Any]) -> Link | None:
+    asked = (
+        nvml.nvmlDeviceGetCurrPcieLinkGeneration,
+        nvml.nvmlDeviceGetCurrPcieLinkWidth,
+        nvml.nvmlDeviceGetMaxPcieLinkGeneration,
+        nvml.nvmlDeviceGetMaxPcieLinkWidth,
+    )
+    answers = [told(ask) for ask in asked]
+    return None if None in answers else Link(*answers)
+
+
+def _slowdowns(bits: int | None) -> tuple[str, ...] | None:
+    return None if bits is None else tuple(word for bit, word in SLOWDOWNS.items() if bits & bit)
+
+
+def _pci(info: Any) -> str:
+    """Return the address without the function, in the kernel's lower case: PCI:0000:3b:00 in a line of its log."""
+    return "" if info is None else f"{info.domain:04x}:{info.bus:02x}:{info.device:02x}"
+
+
+def _process(entry: Any) -> GpuProcess:
+    # A program in a container, or of another user, may have no entry of its own here.
+    try:
+        name = (PROC / str(entry.pid) / "comm").read_text(encoding="utf-8", errors="replace").strip()
+    except OSError:
+        name = ""
+    return GpuProcess(int(entry.pid), name, None if entry.usedGpuMemory is None else int(entry.usedGpuMemory))
+
+
+def _flag(value: int | None) -> bool | None:
+    return None if value is None else bool(value)
+
+
 def _told(nvml: Any, ask: Callable[[], Value]) -> Value | None:
-    """Return what NVML answers, None where this GPU or driver does not know the question."""
+    """Return what NVML answers, None where this GPU or driver does not know the question.
+
+    A GPU that is lost in the middle knows no answer at all: that one is raised, lest it be taken for a sound one.
+    """
     try:
         return ask()
-    except nvml.NVMLError:
+    except nvml.NVMLError as error:
+        if error.value in {nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED}:
+            raise
         return None
 
 
@@ -121,6 +234,7 @@ def _why(nvml: Any, error: Exception) -> str:
         nvml.NVML_ERROR_NO_PERMISSION: "no permission to talk to the NVIDIA driver",
         nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA library and kernel driver differ in version (reboot)",
         nvml.NVML_ERROR_GPU_IS_LOST: "the GPU is lost: it fell off the bus",
+        nvml.NVML_ERROR_RESET_REQUIRED: "the GPU must be reset before it can be used again",
         # What a container sees whose device access was taken away, for example by `systemctl daemon-reload`.
         nvml.NVML_ERROR_UNKNOWN: "NVML says Unknown Error: access to the GPU was taken away",
     }

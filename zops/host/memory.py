@@ -1,5 +1,6 @@
 """Memory of this machine, and the limit that a control group sets below it."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,6 +32,15 @@ def read_memory(proc: Path = PROC, cgroups: Path = CGROUPS) -> Memory:
     # Kernels before 3.14 have no MemAvailable.
     available = fields.get("MemAvailable", fields.get("MemFree", 0))
     return Memory(total, available, _limit(proc, cgroups, total))
+
+
+def read_shared_memory(directory: Path = Path("/dev/shm")) -> int | None:  # noqa: S108 - nothing is made in it
+    """Return the size in bytes of this machine's shared memory, None where there is none."""
+    try:
+        space = os.statvfs(directory)
+    except OSError:
+        return None
+    return space.f_blocks * space.f_frsize
 
 
 def _limit(proc: Path, cgroups: Path, total: int) -> int | None:

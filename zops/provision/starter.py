@@ -7,6 +7,7 @@ from pathlib import Path
 
 from zops.cache.manifest import Manifest
 from zops.catalog import Z_IMAGE_TURBO
+from zops.host.capacity import ACTIVATION_BYTES_A_PIXEL, LARGEST_EDGE, largest_edge
 from zops.host.disk import Disk, local_disks
 from zops.host.gpu import GpuFacts, read_gpus
 
@@ -37,7 +38,7 @@ serve:
   host: 127.0.0.1                    # 0.0.0.0 opens it to the network: put a proxy with keys before it
   port: 8000
   dtype: auto                        # bfloat16 on a GPU, float32 on a CPU; float16 gives black images
-  max_pixels: 4194304                # 2048 x 2048
+  max_pixels: {max_pixels:<23}# {edge} x {edge}{pixels_why}
   max_images: 4                      # of one request
   max_queue: 16                      # waiting requests before new ones get 429
 
@@ -82,15 +83,26 @@ def compose(facts: GpuFacts, disks: list[Disk]) -> Starter:
     else:
         gpus, why = "none", f"none was found: {facts.reason}"
         notes.append(f"gpus: none, because {facts.reason}")
+    edge = _edge(facts)
     text = TEMPLATE.format(
         model=Z_IMAGE_TURBO.id,
         cache_dir=json.dumps(str(cache_dir)),
         cache_why=f"{disk.free_bytes / 1e9:.0f} GB free on {disk.mount.source}" if disk else "no local disk was found",
         gpus=gpus,
         gpus_why=why,
+        max_pixels=edge * edge,
+        edge=edge,
+        pixels_why="" if edge == LARGEST_EDGE else ", the most that fits: zops doctor --capacity",
         backup=json.dumps(str(_inside(disk, "backup"))),
     )
     return Starter(text, cache_dir, gpus, tuple(notes))
+
+
+def _edge(facts: GpuFacts) -> int:
+    """Return the edge of the largest image for which every GPU has room; the default's where none has, or none is."""
+    smallest = min((gpu.memory_total_bytes for gpu in facts.gpus), default=0)
+    fits = largest_edge(smallest, Z_IMAGE_TURBO.resident_bytes, ACTIVATION_BYTES_A_PIXEL)
+    return min(fits or LARGEST_EDGE, LARGEST_EDGE)
 
 
 def _inside(disk: Disk | None, leaf: str) -> Path:
