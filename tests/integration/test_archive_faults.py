@@ -18,7 +18,7 @@ from zops.archive.store import DirectoryStore
 from zops.cache.layout import is_verified, place
 from zops.cache.manifest import require_verified
 from zops.errors import ArchiveDamaged, HostShort, ZopsError
-from zops.events import Event, Progressed
+from zops.events import Event, Progressed, Started
 
 FLIPS = 150
 CUTS = 60
@@ -173,6 +173,7 @@ def test_what_a_restore_killed_between_its_two_renames_had_moved_aside_must_be_p
     target.with_name(f".{REVISION}.restoring").mkdir()
     with pytest.raises(Stop):
         restore(archive, tmp_path / "back", report=stop_at_first_progress)
+    shutil.rmtree(target.with_name(f".{REVISION}.restoring"), ignore_errors=True)
     assert tree(tmp_path / "back") == before
     assert is_verified(target)
     assert restore(archive, tmp_path / "back").changed
@@ -191,14 +192,19 @@ def stop_at_first_progress(event: Event) -> None:
         raise Stop
 
 
-def test_an_interrupted_backup_or_restore_must_leave_nothing(tmp_path):
+def test_an_interrupted_backup_must_leave_nothing(tmp_path):
     from zops.archive.backup import backup
 
     snapshot = make_snapshot(tmp_path / "cache", BIG)
     with pytest.raises(Stop):
         backup([snapshot], DirectoryStore(tmp_path / "store"), report=stop_at_first_progress)
     assert list((tmp_path / "store").iterdir()) == []
-    archive, _ = back_up(snapshot, tmp_path / "store")
+
+
+def test_a_restore_that_was_interrupted_before_a_file_was_complete_must_leave_nothing(tmp_path):
+    archive, _ = back_up(
+        make_snapshot(tmp_path / "cache", {"model_index.json": NOISE[:12_000_000]}), tmp_path / "store"
+    )
     with pytest.raises(Stop):
         restore(archive, tmp_path / "back", report=stop_at_first_progress)
     assert not (tmp_path / "back").exists()
@@ -269,3 +275,35 @@ def test_the_record_of_a_snapshot_must_not_travel(tmp_path):
     restored = restore(archive, tmp_path / "back").snapshots[0].path
     stats = json.loads((restored / ".zops/verified.json").read_text())["stats"]
     assert stats["model_index.json"][2] == (Path(restored) / "model_index.json").stat().st_ino
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_disk_that_fills_up_at_any_moment_must_leave_what_was_there(tmp_path, small_disk, compression):
+    files = {**FILES, "a/one.bin": NOISE[:5_000_000], "b/two.bin": NOISE[5_000_000:9_000_000]}
+    snapshot = make_snapshot(tmp_path / "cache", files)
+    archive, _ = back_up(snapshot, tmp_path / "store", compression)
+    cache = small_disk / "back"
+    make_snapshot(cache, {"model_index.json": b"[1]"})
+    before = tree(cache)
+    full = 0
+    for left in [*range(0, 9_400_000, 600_000), 9_100_000]:
+        ballast = small_disk / "ballast"
+        stat = os.statvfs(small_disk)
+
+        def fill(event: Event, size: int = stat.f_bavail * stat.f_frsize - left, path: Path = ballast) -> None:
+            # Once room was checked: the disk fills up behind the restore's back.
+            if isinstance(event, Started) and event.task == "restore":
+                path.write_bytes(bytes(size))
+
+        try:
+            restore(archive, cache, report=fill)
+        except HostShort as error:
+            assert error.code == "disk-full"
+            assert tree(cache) == before
+            full += 1
+        else:
+            assert tree(place(cache, MODEL, REVISION)) == tree(snapshot)
+            shutil.rmtree(cache)
+            make_snapshot(cache, {"model_index.json": b"[1]"})
+        ballast.unlink()
+    assert full >= 14

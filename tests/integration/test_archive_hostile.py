@@ -19,12 +19,15 @@ from zops.archive.format import (
     CHUNK,
     INDEX_MAGIC,
     MANIFEST_NAME,
+    SEEK_FOOTER,
+    SEEKABLE_MAGIC,
     SKIPPABLE_HEADER,
     TRAILER_SIZE,
     ArchiveManifest,
     Entry,
     Frame,
     Index,
+    locator,
     seek_table,
     trailer,
 )
@@ -90,6 +93,7 @@ class Forgery:
                 sha(structure),
                 tuple(entries),
                 (Frame(len(blob), len(tar) + len(END), zlib.crc32(blob)),),
+                compression="zstd",
             )
         )
         body = index.as_text()
@@ -124,6 +128,29 @@ def bomb(data: bytes) -> bytes:
 
 LINK = Member(f"{ROOT}/vae/link.json", "symlink", link="/etc/passwd")
 LINKED = Manifest(MODEL, REVISION, (*entries_of(FILES), FileEntry("vae/link.json", 33, sha(FILES["model_index.json"]))))
+
+
+def hard(link: str) -> Member:
+    return Member(f"{ROOT}/vae/link.json", "hardlink", link=link)
+
+
+def skippable(size: int) -> bytes:
+    return SKIPPABLE_HEADER.pack(0x184D2A50, size) + bytes(size)
+
+
+def elsewhere(path: str) -> Callable[[Index], Index]:
+    entry = Entry(Member(f"{ROOT}/{path}", size=len(FILES[path])), 0, sha(FILES[path]))
+    return lambda index: replace(index, elsewhere=(entry,))
+
+
+def based(name: str) -> Callable[[bytes], bytes]:
+    return lambda text: json.dumps(json.loads(text) | {"base": {"id": "x", "name": name}}).encode()
+
+
+def overlapping(index: Index) -> Index:
+    first = next(n for n, e in enumerate(index.entries) if e.member.name.endswith("model_index.json"))
+    return changed_entry(first + 1, offset=index.entries[first].offset)(index)
+
 
 OWN: dict[str, Forgery] = {
     "a file outside every snapshot": Forgery(more=[(Member("etc/cron.d/x", size=1), b"x")]),
@@ -163,6 +190,36 @@ OWN: dict[str, Forgery] = {
     "a frame that is too large": Forgery(index=lambda i: replace(i, frames=(replace(i.frames[0], size=CHUNK + 512),))),
     "a frame that claims an exbibyte": Forgery(frame=bomb),
     "a frame without a checksum": Forgery(frame=zstandard.ZstdCompressor().compress),
+    "a hidden second frame": Forgery(frame=lambda data: compress_frame(data) + compress_frame(b"hidden")),
+    "bytes behind a frame": Forgery(frame=lambda data: compress_frame(data) + b"hidden"),
+    "padding behind a frame": Forgery(frame=lambda data: compress_frame(data) + skippable(1 << 20)),
+    "no frame for the end": Forgery(index=lambda i: replace(i, frames=())),
+    "another compression": Forgery(index=lambda i: replace(i, compression="gzip")),
+    "a hard link to a file outside": Forgery(manifest=LINKED, more=[(hard("/etc/passwd"), b"")]),
+    "a hard link that climbs out": Forgery(manifest=LINKED, more=[(hard(f"{ROOT}/../../../../../victim"), b"")]),
+    "a hard link to another content": Forgery(manifest=LINKED, more=[(hard(f"{ROOT}/vae/config.json"), b"")]),
+    "a hard link to itself": Forgery(manifest=LINKED, more=[(hard(f"{ROOT}/vae/link.json"), b"")]),
+    "a hard link to the archive's manifest": Forgery(manifest=LINKED, more=[(hard(MANIFEST_NAME), b"")]),
+    "a hard link outside every snapshot": Forgery(
+        more=[(Member("passwd", "hardlink", link=f"{ROOT}/model_index.json"), b"")]
+    ),
+    "a file elsewhere without a base": Forgery(drop="vae/config.json", index=elsewhere("vae/config.json")),
+    "a file here and elsewhere": Forgery(index=elsewhere("vae/config.json")),
+    "a base outside the store": Forgery(manifest_text=based("../evil.tar")),
+    "a base by an absolute name": Forgery(manifest_text=based("/etc/passwd")),
+    "a mismatched file that no manifest names": Forgery(index=lambda i: replace(i, mismatched=(f"{ROOT}/run.py",))),
+    "a mismatched file outside": Forgery(index=lambda i: replace(i, mismatched=("/etc/passwd",))),
+    "a mismatched link": Forgery(
+        manifest=LINKED,
+        more=[(replace(LINK, link="../model_index.json"), b"")],
+        index=lambda i: replace(i, mismatched=(f"{ROOT}/vae/link.json",)),
+    ),
+    "a name with NUL": Forgery(more=[(Member(f"{ROOT}/vae/\0x", size=1), b"x")]),
+    "a name of 300 bytes": Forgery(more=[(Member(f"{ROOT}/{'n' * 300}", size=1), b"x")]),
+    "a path of 8,000 bytes": Forgery(more=[(Member(f"{ROOT}/{'n/' * 4000}x", size=1), b"x")]),
+    "a name with a line feed": Forgery(more=[(Member(f"{ROOT}/vae/a\nb", size=1), b"x")]),
+    "a name that runs backwards on a screen": Forgery(more=[(Member(f"{ROOT}/vae/\u202egpj.exe", size=1), b"x")]),
+    "members that overlap": Forgery(index=overlapping),
 }
 
 
@@ -208,6 +265,18 @@ def sparse() -> bytes:
     return info.tobuf(tarfile.GNU_FORMAT) + END
 
 
+def huge_extension() -> bytes:
+    info = tarfile.TarInfo("x")
+    info.type, info.size = tarfile.XHDTYPE, 1 << 30
+    return info.tobuf(tarfile.USTAR_FORMAT) + END
+
+
+def located(index: bytes) -> bytes:
+    """A gzip file that ends as one of ours, with this for its index."""
+    head = gzip.compress(tar_of_good())
+    return head + index + locator(len(head), zlib.crc32(index))
+
+
 def tar_of_good() -> bytes:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:
@@ -245,6 +314,37 @@ FOREIGN: dict[str, Callable[[Path], Path]] = {
     "half a gzip": raw(lambda: gzip.compress(random.Random(3).randbytes(3000))[:1500]),
     "a zstd window of gigabytes": raw(lambda: b"\x28\xb5\x2f\xfd\x00\xb8" + bytes(20)),
     "a manifest that is none": plain((member("c/models/acme/painter/.zops/manifest.json"), b"[]")),
+    "a PAX name that climbs out": raw(lambda: pax({"path": "../../evil"})),
+    "a PAX name that is absolute": raw(lambda: pax({"path": "/etc/cron.d/evil"})),
+    "a PAX name with NUL": raw(lambda: pax({"path": "c/a\0b"})),
+    "a PAX size that is no number": raw(lambda: pax({"size": "1e9"})),
+    "a PAX size of twenty digits": raw(lambda: pax({"size": "9" * 20})),
+    "a global PAX name": raw(lambda: tarfile.TarInfo.create_pax_global_header({"path": "/etc/passwd"}) + tar_of_good()),
+    "an extended header of a gigabyte": raw(huge_extension),
+    "an extended header without a member": raw(lambda: pax({"path": "c/x"})[:1024] + END),
+    "a name of 300 bytes": plain((member("c/" + "n" * 300), b"x")),
+    "a name of 8,000 bytes": plain((member("c/" + "n/" * 4000), b"x")),
+    "a link and then a file through it": plain(
+        in_snapshot("out", tarfile.SYMTYPE, "../../../.."), in_snapshot("out/x")
+    ),
+    "a hard link that climbs out": plain(in_snapshot("vae/x.json", tarfile.LNKTYPE, "../../victim")),
+    "a hard link to what is not there": plain(in_snapshot("vae/x.json", tarfile.LNKTYPE, "c/later")),
+    "links in a circle": plain(
+        in_snapshot("vae/a.json", tarfile.SYMTYPE, "b.json"), in_snapshot("vae/b.json", tarfile.SYMTYPE, "a.json")
+    ),
+    "a socket or whatever type 9 is": plain(in_snapshot("vae/x.json", b"9")),
+    "a contiguous file that is a device": plain(in_snapshot("vae/x.json", tarfile.BLKTYPE)),
+    "a zstd bomb": raw(lambda: zstandard.ZstdCompressor().compress(lying(1 << 50) + bytes(64 << 20))),
+    "zeros without end in zstd": raw(lambda: zstandard.ZstdCompressor().compress(tar_of_good() + bytes(20 << 20))),
+    "half a zstd frame": raw(lambda: zstandard.ZstdCompressor().compress(random.Random(3).randbytes(3000))[:1500]),
+    "gzip in which something follows": raw(lambda: gzip.compress(tar_of_good()) + b"evil"),
+    "a locator that leads out": raw(lambda: gzip.compress(tar_of_good()) + locator(1 << 40, 0)),
+    "a locator that leads to itself": raw(lambda: located(b"")),
+    "an index that expands without end": raw(lambda: located(gzip.compress(bytes(80 << 20), 9))),
+    "an index in gzip that is none": raw(lambda: located(gzip.compress(b"x" * 4000))),
+    "a seek table of four billion frames": raw(
+        lambda: compress_frame(tar_of_good()) + SEEK_FOOTER.pack((1 << 32) - 1, 0, SEEKABLE_MAGIC)
+    ),
     "our manifest without an index": raw(lambda: encode_header(Member(MANIFEST_NAME)) + END),
 }
 
@@ -260,8 +360,9 @@ def world(tmp_path: Path) -> Path:
 
 def refused(archive: Path, world: Path) -> None:
     before = tree(world)
-    with pytest.raises((ArchiveDamaged, HostShort)):
+    with pytest.raises((ArchiveDamaged, HostShort)) as caught:
         restore(archive, world / "cache", model=MODEL)
+    assert "\n" not in caught.value.message
     assert tree(world) == before
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from zops.errors import RuntimeUnreachable, UsageError
+from zops.health.backups import BACKUP_CHECKS
 from zops.host.checks import CHECKS
 from zops.host.disk import Disk, Mount
 from zops.host.doctor import Context, Diagnosis, Need, Senses, diagnose, refusal
@@ -218,6 +219,6 @@ def test_every_check_must_have_its_own_id_and_say_what_it_looks_at():
 def test_the_page_must_describe_every_check_and_no_other():
     text = PAGE.read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert list(sections) == [check.id for check in CHECKS]
+    assert list(sections) == [check.id for check in (*CHECKS, *BACKUP_CHECKS)]
     for name, section in sections.items():
         assert all(word in section for word in ("Looks", "Why:", "Remedy:")), name

@@ -10,6 +10,7 @@ from zops.cache.manifest import FileEntry, Manifest, read_manifest
 from zops.catalog import Model, lookup
 from zops.errors import SnapshotDamaged, ZopsError
 from zops.events import Report, silent
+from zops.health.backups import BACKUP_CHECKS
 from zops.host.checks import CHECKS
 from zops.host.doctor import Context, Diagnosis, Need, Senses, diagnose
 from zops.runtime.base import Runtime
@@ -49,7 +50,7 @@ def examine_host(
         own_ports=_own_ports(loaded.spec, runtime),
         senses=senses or Senses(),
     )
-    return diagnose(context, CHECKS, only=only, report=report)
+    return diagnose(context, (*CHECKS, *BACKUP_CHECKS), only=only, report=report)
 
 
 def needs(spec: Spec) -> Need:
