@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.archives import FILES, make_snapshot, tree
+from tests.support.bucket_faults import PART, Scenario, Stage, hurried, play
+from tests.support.kills import kill_uploads
 from tests.support.s3 import BUCKET, SECRET, Proxy, serve_bucket, use_endpoint
 from tests.support.waiting import eventually
 from zops.archive import bucket as buckets
@@ -21,8 +23,6 @@ from zops.errors import ArchiveDamaged, SourceFailed, UsageError
 
 NAME = "acme--painter-0123456789ab-20260102T030405Z.tar.zst"
 ROOT = Path(__file__).parents[2]
-PART = 5 << 20
-"""The smallest that S3 takes."""
 CONTENT = os.urandom(2 * PART + 1_234_567)
 
 server = pytest.fixture(scope="module")(serve_bucket)
@@ -30,12 +30,7 @@ server = pytest.fixture(scope="module")(serve_bucket)
 
 @pytest.fixture
 def proxy(server, monkeypatch, tmp_path):
-    monkeypatch.setattr(buckets, "PART", PART)
-    monkeypatch.setattr(buckets, "_CLIENT", {"connect_timeout": "2s", "read_timeout": "700ms", "timeout": "5s"})
-    backoff = {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2}
-    retry = {"max_retries": 2, "retry_timeout": timedelta(seconds=10), "backoff": backoff}
-    monkeypatch.setattr(buckets, "_RETRY", retry)
-    with Proxy(server[0]) as proxy:
+    with hurried(), Proxy(server[0]) as proxy:
         use_endpoint(monkeypatch, os.environ, proxy.url, tmp_path)
         yield proxy
 
@@ -244,3 +239,30 @@ def test_a_killed_upload_must_be_removed_by_the_next_one_and_leave_no_archive(pr
     put(store)
     assert not uploads(server)
     assert store.read_range(NAME, 0, len(CONTENT)) == CONTENT
+
+
+def test_a_backup_killed_at_any_moment_of_its_upload_must_leave_no_orphan_after_the_next(
+    proxy, store, server, tmp_path
+):
+    snapshot = make_snapshot(tmp_path / "cache", {**FILES, "w.bin": CONTENT})
+    kills = kill_uploads(snapshot, tmp_path, store.location, 4, lambda: len(uploads(server)))
+    assert kills.wrong == []
+    assert kills.killed >= 1
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        (Scenario("backup", "cut", "PUT", "partNumber=2", 1), "completed"),
+        (Scenario("backup", "corrupt", "PUT", "partNumber=1", 1), "store-corrupted"),
+        (Scenario("backup", "refuse", "POST", "upload", 1), "store-refused"),
+        (Scenario("restore", "cut", "GET", "bytes=", 1), "completed"),
+        (Scenario("restore", "drop", "GET", "bytes=", 1_000_000), "store-failed"),
+    ],
+    ids=lambda case: str(case[0]),
+)
+def test_a_whole_backup_and_restore_must_end_as_promised_whatever_the_bucket_does(proxy, store, server, tmp_path, case):
+    scenario, end = case
+    snapshot = make_snapshot(tmp_path / "cache", {**FILES, "w.bin": CONTENT})
+    stage = Stage(proxy, store, snapshot, tmp_path / "back", lambda: len(uploads(server)))
+    assert play(scenario, stage) == (end, [])

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.support.archives import FILES, MODEL, REVISION, back_up, make_snapshot, tree, vouch
-from tests.support.damage import kill_restores, try_damages
+from tests.support.damage import try_damages
+from tests.support.kills import kill_restores
 from zops.archive import staged, unpack
 from zops.archive.access import access_to
 from zops.archive.backup import backup
@@ -157,9 +158,9 @@ def test_a_target_that_fails_must_end_every_thread(tmp_path):
 @pytest.mark.parametrize("kind", ["zstd", "none"])
 def test_a_killed_restore_must_always_complete_and_leave_no_orphan(tmp_path, kind):
     archive, _ = back_up(make_snapshot(tmp_path / "cache", LARGE), tmp_path / "store", kind)
-    outcome = kill_restores(archive, tmp_path / "caches", 8, 0.3)
-    assert outcome.wrong == []
-    assert outcome.refused >= 2
+    kills = kill_restores(archive, tmp_path / "caches", 8, longest=0.3)
+    assert kills.wrong == []
+    assert kills.killed >= 2
 
 
 def test_a_resumed_restore_must_keep_what_was_complete_and_read_only_the_rest(tmp_path):

@@ -199,6 +199,45 @@ def test_metrics_must_tell_of_success_failure_and_proof(host, capsys):
     assert (value("drill_ok"), value("run_ok")) == (1, None)
 
 
+def test_metrics_must_tell_of_every_model_of_a_backup(host):
+    assert run(["cache", "backup", MODEL, OTHER, "--metrics", "m.prom"]) == 0
+    lines = Path("m.prom").read_text().splitlines()
+    for name in ("run_ok", "archives", "last_size_bytes"):
+        at = [number for number, line in enumerate(lines) if line.startswith(f"zops_backup_{name}{{")]
+        assert [f'model="{model}"' in lines[number] for number, model in zip(at, (MODEL, OTHER), strict=True)] == [
+            True
+        ] * 2
+        # The format wants the values of a name together, behind its one head.
+        assert lines[at[0] - 1] == f"# TYPE zops_backup_{name} gauge"
+        assert at[1] == at[0] + 1
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_an_increment_that_is_not_encrypted_as_its_base_is_must_be_warned_of(host, capsys, encrypted):
+    assert run(["cache", "backup", "--encrypt-to", "public.txt"]) == 0
+    change(host, "new.bin")
+    capsys.readouterr()
+    keys = ["--encrypt-to", "public.txt"] if encrypted else []
+    assert run(["cache", "backup", "--incremental", "--identity", "key.txt", *keys]) == 0
+    assert ("is written unencrypted" in capsys.readouterr().err) is not encrypted
+
+
+def test_what_did_not_match_in_the_base_must_be_stored_by_the_next_archive(host, capsys):
+    file = next(host.glob(f"cache/models/{MODEL.replace('/', '--')}/snapshots/*/vae/w.bin"))
+    good, stat = file.read_bytes(), file.stat()
+    file.write_bytes(b"broken")
+    assert run(["cache", "backup", "--allow-mismatch"]) == 0
+    assert len(answer(capsys)["mismatched"]) == 1
+    file.write_bytes(good)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert run(["cache", "backup", "--incremental"]) == 0
+    made = answer(capsys)
+    assert made["base"]
+    assert made["stored_bytes"] >= len(good)
+    back = restore(made["archive"], host / "back").snapshots[0].path
+    assert (back / "vae" / "w.bin").read_bytes() == good
+
+
 def test_the_status_must_tell_size_duration_and_proof(host, capsys):
     assert run(["cache", "backup"]) == 0
     made = answer(capsys)

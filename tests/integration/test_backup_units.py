@@ -13,6 +13,7 @@ import yaml
 
 from tests.support.kubernetes_api import find_kubectl
 from zops.cli.cache import cache
+from zops.cli.main import cli
 from zops.spec import load
 
 ROOT = Path(__file__).parents[2]
@@ -28,8 +29,10 @@ def unit(name):
 
 def parse(words):
     """Parse the words behind `zops cache`, as click does; raises when one is unknown."""
-    name, command, rest = cache.resolve_command(click.Context(cache), list(words))
-    return name, command.make_context(name, rest).params
+    # A command remembers the help option of its first context, so that must be as it is when zops runs.
+    context = click.Context(cache, **cli.context_settings)
+    name, command, rest = cache.resolve_command(context, list(words))
+    return name, command.make_context(name, rest, parent=context).params
 
 
 @pytest.fixture(scope="module")

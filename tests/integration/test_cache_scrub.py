@@ -309,5 +309,5 @@ def test_a_rate_or_time_that_is_none_must_be_refused(snapshot: Path, option: str
 
 
 def test_labels_must_not_break_the_format() -> None:
-    text = render("zops_", {"path": 'a"b\\c\nd'}, [Metric("x", "An x.", True)])
+    text = render("zops_", ({"path": 'a"b\\c\nd'}, [Metric("x", "An x.", True)]))
     assert text.splitlines()[-1] == 'zops_x{path="a\\"b\\\\c\\nd"} 1'

@@ -1,20 +1,18 @@
-"""Archives damaged at random, and restores killed at random, with a count of what became of each.
+"""Archives damaged at random, with a count of what became of each.
 
-The short forms run in the suite, the long ones (2,000 damages of each kind, 100 kills) in benchmarks/archive.
+The short forms run in the suite, the long ones (2,000 damages of each kind) in benchmarks/archive.
 """
 
-import contextlib
 import random
 import shutil
-import signal
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.support.archives import tree
+from zops.archive.encryption import NO_KEYS, Keys
 from zops.archive.restore import restore, verify_archive
+from zops.archive.store import open_archive
 from zops.cache.manifest import Manifest
 from zops.errors import ZopsError
 
@@ -44,7 +42,14 @@ def damages(whole: bytes, count: int, seed: int) -> Iterator[tuple[str, bytes]]:
 
 
 def try_damages(
-    archive: Path, scratch: Path, count: int, *, seed: int = 7, manifest: Manifest | None = None, verify: bool = True
+    archive: Path,
+    scratch: Path,
+    count: int,
+    *,
+    seed: int = 7,
+    manifest: Manifest | None = None,
+    verify: bool = True,
+    keys: Keys = NO_KEYS,
 ) -> Outcome:
     """Restore damaged forms of an archive into `scratch`, which must not exist then or hold exactly the true files.
 
@@ -55,18 +60,19 @@ def try_damages(
         seed: of the random places.
         manifest: what an archive of another program must contain.
         verify: whether `verify_archive` must find each damage too (one of another program cannot tell).
+        keys: what opens it, where it is encrypted.
     """
     whole = archive.read_bytes()
-    true = _contents(restore(archive, scratch, manifest=manifest).snapshots[0].path)
+    true = _contents(restore(open_archive(archive, keys), scratch, manifest=manifest).snapshots[0].path)
     shutil.rmtree(scratch)
     outcome = Outcome()
     victim = archive.with_name(f"damaged-{archive.name}")
     for what, content in damages(whole, count, seed):
         victim.write_bytes(content)
         outcome.tried += 1
-        if verify and not _refuses(lambda: verify_archive(victim)):
+        if verify and not _refuses(lambda: verify_archive(open_archive(victim, keys))):
             outcome.wrong.append(f"{what}: verify found nothing")
-        if _refuses(lambda: restore(victim, scratch, manifest=manifest)):
+        if _refuses(lambda: restore(open_archive(victim, keys), scratch, manifest=manifest)):
             outcome.refused += 1
             if scratch.exists():
                 outcome.wrong.append(f"{what}: refused, but something was left")
@@ -89,47 +95,3 @@ def _refuses(function: Callable[[], object]) -> bool:
 
 def _contents(snapshot: Path) -> dict[str, bytes]:
     return {path: content for path, (_, _, content) in tree(snapshot).items() if content}
-
-
-_RESTORE = """
-import sys
-from pathlib import Path
-from zops.archive.restore import restore
-sys.stdout.write("ready\\n")
-sys.stdout.flush()
-restore(sys.argv[1], Path(sys.argv[2]))
-"""
-
-
-def killed_restore(archive: Path, cache: Path, seconds: float) -> bool:
-    """Restore in a process of its own and kill it that long after it began; tell whether the kill came in time."""
-    command = [sys.executable, "-c", _RESTORE, str(archive), str(cache)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        process.send_signal(signal.SIGKILL)
-    return process.returncode == -signal.SIGKILL
-
-
-def kill_restores(archive: Path, caches: Path, count: int, longest: float, *, seed: int = 9) -> Outcome:
-    """Kill restores at random moments, run each again, and compare.
-
-    `refused` counts the kills, `harmless` what was complete in the end, `wrong` what was not exactly the true snapshot.
-    """
-    true = tree(restore(archive, caches / "true").snapshots[0].path)
-    chance = random.Random(seed)
-    outcome = Outcome()
-    for number in range(count):
-        cache = caches / str(number)
-        outcome.tried += 1
-        outcome.refused += killed_restore(archive, cache, chance.uniform(0, longest))
-        target = restore(archive, cache).snapshots[0].path
-        names = [path.name for path in target.parent.iterdir()]
-        if tree(target) == true and names == [target.name]:
-            outcome.harmless += 1
-        else:
-            outcome.wrong.append(f"run {number}: {names}")
-        shutil.rmtree(cache)
-    shutil.rmtree(caches / "true")
-    return outcome

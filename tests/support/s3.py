@@ -4,7 +4,9 @@ import http.client
 import http.server
 import threading
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Self
 from urllib.parse import urlsplit
 
@@ -112,7 +114,8 @@ class Proxy:
             handler.wfile.write(content[: len(content) // 2])
             handler.close_connection = True
             return
-        handler.wfile.write(content)
+        with suppress(ConnectionError):  # who asked may have lost patience
+            handler.wfile.write(content)
 
     def forward(self, method: str, path: str, body: bytes, headers: dict) -> tuple[int, list, bytes]:
         connection = http.client.HTTPConnection(urlsplit(self.target).netloc, timeout=30)
@@ -143,12 +146,21 @@ def serve_bucket():
     server.stop()
 
 
+def settings(endpoint: str, home: Path) -> dict[str, str]:
+    """Return the variables by which a process finds an endpoint, credentials, and a home of its own."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": "x",
+        "AWS_SECRET_ACCESS_KEY": SECRET,
+        "HOME": str(home),
+        "ZOPS_STATE_DIR": str(home / "state"),
+    }
+
+
 def use_endpoint(monkeypatch, environ, endpoint: str, home) -> None:
     """Let this process find an endpoint and credentials as an operator's would, and nothing of this machine's."""
     for name in [name for name in environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
-    settings = {"ENDPOINT_URL": endpoint, "REGION": "us-east-1", "ACCESS_KEY_ID": "x", "SECRET_ACCESS_KEY": SECRET}
-    for name, value in settings.items():
-        monkeypatch.setenv(f"AWS_{name}", value)
-    monkeypatch.setenv("HOME", str(home))
-    monkeypatch.setenv("ZOPS_STATE_DIR", str(home / "state"))
+    for name, value in settings(endpoint, home).items():
+        monkeypatch.setenv(name, value)

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 
 from zops.archive.clone import clone_tar
@@ -153,11 +154,11 @@ class _Writing:
         with self._journal() as journal, self._open() as writer:
             if self.order.share and clone_tar(self.draft.layout, writer.fileno()):  # type: ignore[attr-defined] # it is a file: a directory is needed to share
                 self._hash_sources()
-                sink, pieces = open_sink(writer, self.draft.layout.end), 0
+                sink, shared = open_sink(writer, self.draft.layout.end), True
             else:
-                sink, pieces = open_sink(writer, self.leftover.size if self.leftover else 0), len(self.draft.pieces)
+                sink, shared = open_sink(writer, self.leftover.size if self.leftover else 0), False
             with closing(sink):
-                frames = self._stream(sink, journal) if pieces else []
+                frames = [] if shared else self._stream(sink, journal)
                 for data in close(self._index(frames)):
                     sink.write(data)
                 sink.finish()
@@ -175,7 +176,7 @@ class _Writing:
         if self.leftover and isinstance(store, DirectoryStore):
             return store.open_writer(name, resume=True)
         # What closes an archive takes some hundred bytes a member and thirty a frame.
-        closing_size = (1 << 20) + 1024 * len(self.draft.layout.items) + 64 * len(self.draft.pieces)
+        closing_size = (1 << 20) + 1024 * len(self.draft.layout.items) + 64 * self.draft.piece_count
         return store.open_writer(name, size=self.draft.layout.end + closing_size)
 
     @contextmanager
@@ -195,17 +196,18 @@ class _Writing:
 
     def _stream(self, sink: Sink, journal: Journal | None) -> list[Frame]:
         """Read, hash, compress and write the pieces that are not there yet; return all frames."""
-        pack, pieces = _PACKS[self.order.compression], self.draft.pieces
+        pack, draft = _PACKS[self.order.compression], self.draft
         done, size, frames = 0, 0, []
         if self.leftover:
             done, size, frames = self.leftover.pieces, self.leftover.size, list(self.leftover.frames)
-            self.progress.advance(sum(piece.count for piece in pieces[:done]))
+            self.progress.advance(sum(piece.count for piece in islice(draft.pieces(), done)))
         if pack is None and isinstance(sink, FileSink):
             sink.reserve(self.draft.layout.end)
         # The hash of a file in whose middle a run was killed needs its beginning again.
-        cut_file = pieces[done].source if done < len(pieces) else None
-        before = [piece for piece in pieces[:done] if cut_file and piece.source is cut_file]
-        with closing(stream(pieces[done:], pack, sink, Pace(self.order.limit), before=before)) as running:
+        following = next(draft.pieces(done), None)
+        cut_file = following.source if following else None
+        before = (piece for piece in islice(draft.pieces(), done) if cut_file and piece.source is cut_file)
+        with closing(stream(draft.pieces(done), pack, sink, Pace(self.order.limit), before=before)) as running:
             for each in running:
                 self._judge(each)
                 done, size = done + 1, size + each.frame.compressed

@@ -2,7 +2,7 @@
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +13,7 @@ from zops.archive.notes import EMPTY, Drilled, Note, read_note
 from zops.archive.store import Store, open_store
 from zops.cache.manifest import Manifest
 from zops.cache.status import BackedUp
-from zops.cache.textfile import Metric, write_metrics
+from zops.cache.textfile import Metric, render, write_metrics
 from zops.errors import ZopsError
 
 Value = TypeVar("Value")
@@ -99,19 +99,23 @@ def last_backups(location: str | Path | None, *, limit_s: float = LIMIT_S) -> Ca
     return last
 
 
-def write_history(path: Path, store: str, model: str, history: History, *, ok: bool | None = None) -> None:
-    """Write a model's backups for node_exporter's textfile collector, which never sees half of it.
+def write_history(path: Path, store: str, histories: Mapping[str, History], *, ok: bool | None = None) -> None:
+    """Write the backups of models for node_exporter's textfile collector, which never sees half of it.
 
     Args:
         path: the file.
         store: the store's location.
-        model: owner/name.
-        history: what the store tells.
+        histories: of each model, owner/name, what the store tells.
         ok: whether the run that has just ended did what it should; None when it is not to be mentioned.
 
     Raises:
         HostShort: when the file cannot be written.
     """
+    groups = (({"model": model, "store": store}, _metrics(history, ok=ok)) for model, history in histories.items())
+    write_metrics(path, render("zops_backup_", *groups))
+
+
+def _metrics(history: History, *, ok: bool | None) -> list[Metric]:
     metrics = [Metric("archives", "Archives of the model in the store.", len(history.archives))]
     if ok is not None:
         metrics += [
@@ -135,7 +139,7 @@ def write_history(path: Path, store: str, model: str, history: History, *, ok: b
             Metric("drill_duration_seconds", "How long the last drill took.", drilled.seconds),
             Metric("drill_bytes", "What the last drill restored and compared.", drilled.size),
         ]
-    write_metrics(path, "zops_backup_", {"model": model, "store": store}, metrics)
+    return metrics
 
 
 def _history(store: Store, archives: Sequence[ArchiveInfo]) -> History:

@@ -3,9 +3,11 @@
 import hashlib
 import json
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
+from functools import cached_property
+from itertools import islice
 from pathlib import Path
 
 from zops import __version__
@@ -22,7 +24,7 @@ from zops.cache.manifest import Manifest
 from zops.events import Report, Warned
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Draft:
     """An archive of a name, as it is to be."""
 
@@ -30,7 +32,17 @@ class Draft:
     manifest: ArchiveManifest
     plan: Plan
     layout: Layout
-    pieces: tuple[Piece, ...]
+    closing: bytes
+    """What ends the tar, where that is compressed with it."""
+
+    def pieces(self, start: int = 0) -> Iterator[Piece]:
+        """Return the pieces of the tar from one on; they are made as they are asked for, for they are many."""
+        return islice(cut(self.layout, self.closing), start, None)
+
+    @cached_property
+    def piece_count(self) -> int:
+        """How many pieces there are."""
+        return sum(1 for _ in self.pieces())
 
     @property
     def fingerprint(self) -> str:
@@ -83,7 +95,7 @@ class Order:
         if self.directory and not self.share and not self.allow_mismatch:
             for found in leftovers(self.directory):
                 draft = self._draft(found.name, found.id, datetime.fromisoformat(found.created))
-                if draft.fingerprint == found.fingerprint and found.pieces <= len(draft.pieces):
+                if draft.fingerprint == found.fingerprint and found.pieces <= draft.piece_count:
                     return draft, found
         created = datetime.now(UTC).replace(microsecond=0)
         base = read_name(self.earlier.base.name, 0, "") if self.earlier else None
@@ -109,5 +121,4 @@ class Order:
         )
         planned = plan(manifest, self.paths, earlier=self.earlier, allow_mismatch=self.allow_mismatch)
         layout = lay_out(planned.items, ALIGNMENT if self.compression == "none" else BLOCK)
-        pieces = tuple(cut(layout, END if self.compression == "zstd" else b""))
-        return Draft(name, manifest, planned, layout, pieces)
+        return Draft(name, manifest, planned, layout, END if self.compression == "zstd" else b"")

@@ -11,6 +11,7 @@ from zops.archive.chain import choose_base, read_earlier
 from zops.archive.encryption import NO_KEYS, EncryptedStore, Keys, sealed_name
 from zops.archive.history import bad_archives
 from zops.archive.keep import Decision, Keep, decide, prune
+from zops.archive.names import ENCRYPTED
 from zops.archive.notes import Note, write_note
 from zops.archive.store import Store, join
 from zops.cache.verify import require_manifest
@@ -59,6 +60,8 @@ def make_backup(snapshots: Sequence[Path], store: Store, routine: Routine, repor
     if base and base.name in bad_archives(store, [base]):
         report(Warned(f"{base.name} is known to be damaged, so the new archive stands alone"))
         base = None
+    if base and base.name.endswith(ENCRYPTED) and not routine.recipients:
+        report(Warned(f"{base.name} is encrypted, but what changed since is written unencrypted: see --encrypt-to"))
     earlier = read_earlier(store, base, routine.keys) if base else None
     target = EncryptedStore(store, routine.recipients, routine.keys) if routine.recipients else store
     result = backup(snapshots, target, earlier=earlier, report=report, **(routine.options or {}))

@@ -250,12 +250,12 @@ def write_metrics(path: Path, scrub: Scrub) -> None:
     Raises:
         HostShort: when the file cannot be written.
     """
-    textfile.write_metrics(path, "zops_cache_scrub_", _labels(scrub), _metrics(scrub))
+    textfile.write_metrics(path, metrics(scrub))
 
 
 def metrics(scrub: Scrub) -> str:
     """Return the outcome of a run in Prometheus' text format."""
-    return render("zops_cache_scrub_", _labels(scrub), _metrics(scrub))
+    return render("zops_cache_scrub_", (_labels(scrub), _metrics(scrub)))
 
 
 def _labels(scrub: Scrub) -> dict[str, str]:

@@ -16,23 +16,29 @@ class Metric(NamedTuple):
     value: float
 
 
-def render(prefix: str, labels: Mapping[str, str], metrics: Iterable[Metric]) -> str:
-    """Return metrics that share a prefix and labels as text."""
-    shared = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
-    return "".join(
-        f"# HELP {prefix}{name} {text}\n# TYPE {prefix}{name} gauge\n{prefix}{name}{{{shared}}} {float(value):.15g}\n"
-        for name, text, value in metrics
-    )
+Labelled = tuple[Mapping[str, str], Iterable[Metric]]
+"""Metrics that share labels."""
 
 
-def write_metrics(path: Path, prefix: str, labels: Mapping[str, str], metrics: Iterable[Metric]) -> None:
+def render(prefix: str, *groups: Labelled) -> str:
+    """Return metrics that share a prefix as text: of each name all values together, as the format wants it."""
+    families: dict[str, list[str]] = {}
+    for labels, metrics in groups:
+        shared = ",".join(f'{name}="{_escaped(value)}"' for name, value in labels.items())
+        for name, text, value in metrics:
+            head = f"# HELP {prefix}{name} {text}\n# TYPE {prefix}{name} gauge\n"
+            families.setdefault(name, [head]).append(f"{prefix}{name}{{{shared}}} {float(value):.15g}\n")
+    return "".join(line for lines in families.values() for line in lines)
+
+
+def write_metrics(path: Path, text: str) -> None:
     """Replace a file of metrics; a collector never sees half of it.
 
     Raises:
         HostShort: when the file cannot be written.
     """
     with shortage_told():
-        write_text(path, render(prefix, labels, metrics))
+        write_text(path, text)
         path.chmod(0o644)
 
 
@@ -40,4 +46,4 @@ def _escaped(value: str) -> str:
     return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
 
 
-__all__ = ["Metric", "render", "write_metrics"]
+__all__ = ["Labelled", "Metric", "render", "write_metrics"]

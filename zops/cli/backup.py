@@ -276,16 +276,18 @@ def archive_location(asked: str | None, model: str, spec: "Spec") -> str:
 
 
 def _write_metrics(path: Path | None, store: "Store", models: tuple[str, ...], *, ok: bool | None) -> None:
-    """Write the metrics of the first model; a store that does not answer now must not hide how the run ended."""
+    """Write the metrics of models; a store that does not answer now must not hide how the run ended."""
     if path is None:
         return
     from zops.archive.history import History, read_history, write_history  # noqa: PLC0415 - as above
 
-    try:
-        history = read_history(store, models[0])
-    except ZopsError:
-        history = History()
-    write_history(path, store.location, models[0], history, ok=ok)
+    histories = {}
+    for model in models:
+        try:
+            histories[model] = read_history(store, model)
+        except ZopsError:
+            histories[model] = History()
+    write_history(path, store.location, histories, ok=ok)
 
 
 def _made_json(made: "Made") -> dict[str, object]:
