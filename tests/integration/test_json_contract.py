@@ -37,11 +37,18 @@ CALLS = [
     ("key list", "key list --file keys.yaml"),
     ("key remove", "key remove web --file keys.yaml"),
     ("cache backup", "cache backup"),
+    ("cache drill", "cache drill"),
+    ("archive prune", "archive prune --keep last=1 --dry-run"),
+    ("archive list", "archive list"),
+    ("archive show", "archive show"),
+    ("archive verify", "archive verify"),
+    ("archive diff", "archive diff"),
     ("cache restore", "cache restore"),
+    ("cache restore --only", "cache restore --only model_index.json --to picked"),
     ("down", "down"),
 ]
-# Needs an engine, a GPU or has the specification's own keys; held by tests of their own.
-ELSEWHERE = {"image build", "config show", "doctor --capacity"}
+# Needs an engine, a GPU, leftovers, or has the specification's own keys; held by tests of their own.
+ELSEWHERE = {"image build", "config show", "doctor --capacity", "archive clean"}
 
 
 def fields(body: Any, path: str = "") -> Iterator[str]:

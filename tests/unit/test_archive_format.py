@@ -1,17 +1,22 @@
 """The archive format's small parts: headers, names, index, trailer, seek table."""
 
+import gzip
 import io
 import tarfile
 from contextlib import suppress
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from zops.archive.contents import check_index
+from zops.archive.decode import decode
 from zops.archive.format import (
     ALIGNMENT,
     CHUNK,
+    LOCATOR_SIZE,
     MANIFEST_NAME,
     SEEK_FOOTER,
     TRAILER_SIZE,
@@ -22,12 +27,16 @@ from zops.archive.format import (
     check_identity,
     check_name,
     check_names,
+    locator,
+    parse_locator,
     parse_seek_table,
     seek_table,
     trailer,
     trailer_length,
 )
-from zops.archive.frames import compress_frame, decompress_frame, in_order
+from zops.archive.frames import compress_frame, compress_member, crc32
+from zops.archive.pieces import cut, lay_out
+from zops.archive.plan import Planned, Source
 from zops.archive.tar import BLOCK, END, LATEST_S, METADATA_LIMIT, Member, encode_header, read_member
 from zops.cache.manifest import FileEntry, Manifest
 from zops.errors import ArchiveDamaged
@@ -244,7 +253,7 @@ def test_what_is_no_index_must_be_refused(text):
 
 def index(*members: tuple[str, int, int], end: int = 10_000, frames: tuple[Frame, ...] = ()) -> Index:
     entries = tuple(Entry(Member(name, "file", size), offset, "0" * 64) for name, size, offset in members)
-    return Index("id", end, "0" * 64, entries, frames)
+    return Index("id", end, "0" * 64, entries, frames, "zstd" if frames else "none")
 
 
 FIRST = (MANIFEST_NAME, 10, 512)
@@ -276,6 +285,12 @@ def test_an_index_that_cannot_be_true_must_be_refused(wrong):
         check_index(wrong)
 
 
+def decompress_frame(packed: bytes, size: int) -> bytes:
+    """Decode without the help of the CRC-32 in the index."""
+    frame = Frame(len(packed), size, crc32(packed))
+    return bytes(decode(memoryview(packed), frame, "zstd", memoryview(bytearray(CHUNK))))
+
+
 @given(st.binary(min_size=1, max_size=5000), st.integers(0), st.integers(0, 7))
 def test_a_flipped_bit_of_a_frame_must_be_refused_or_change_nothing(data, position, bit):
     frame = bytearray(compress_frame(data))
@@ -291,12 +306,83 @@ def test_a_frame_that_claims_another_size_must_be_refused_before_it_is_unpacked(
     assert len(frame) < 1000
     with pytest.raises(ArchiveDamaged, match="claims"):
         decompress_frame(frame, CHUNK - 1)
-    for cut in (b"", frame[:5], frame[:-1], frame + b"x"):
+    for wrong in (b"", frame[:5], frame[:-9], frame + b"x"):
         with pytest.raises(ArchiveDamaged):
-            decompress_frame(cut, CHUNK)
+            decompress_frame(wrong, CHUNK)
+    # Of a checksum that is cut, only the CRC-32 in the index tells.
+    with pytest.raises(ArchiveDamaged, match="CRC-32"):
+        decode(memoryview(frame)[:-1], Frame(len(frame), CHUNK, crc32(frame)), "zstd", memoryview(bytearray(CHUNK)))
 
 
-def test_threads_must_keep_the_order_and_let_an_error_through():
-    assert list(in_order(lambda n: n * n, range(100))) == [n * n for n in range(100)]
-    with pytest.raises(ZeroDivisionError):
-        list(in_order(lambda n: 1 // (n - 50), range(100)))
+ZEROS = bytes(CHUNK)
+WEIGHTS = np.random.default_rng(5).standard_normal(CHUNK // 4, dtype=np.float32) * np.float32(0.02)
+
+
+@pytest.mark.parametrize(
+    ("content", "least", "most"),
+    [
+        (np.random.default_rng(6).bytes(CHUNK), 1.0, 1.001),
+        (WEIGHTS.tobytes(), 0.9, 0.95),
+        ((WEIGHTS.view(np.uint32) & 0xFFFF0000).tobytes(), 0.45, 0.6),
+        (bytes(CHUNK), 0, 0.001),
+        (b'{"token": 1, "text": "the"}\n' * 100_000, 0, 0.01),
+    ],
+)
+@pytest.mark.parametrize(("compress", "how"), [(compress_frame, "zstd"), (compress_member, "gzip")])
+def test_a_piece_must_be_compressed_as_far_as_its_content_allows_and_read_back(content, least, most, compress, how):
+    packed = compress(memoryview(content))
+    assert least <= len(packed) / len(content) <= most
+    frame = Frame(len(packed), len(content), crc32(packed))
+    assert decode(memoryview(packed), frame, how, memoryview(bytearray(CHUNK))) == content
+
+
+@given(st.integers(1, CHUNK))
+def test_a_frame_must_be_a_single_segment_with_a_checksum_whatever_its_size(size):
+    frame = compress_frame(memoryview(ZEROS)[:size])
+    # RFC 8878, 3.1.1.1.1: all bits but the width of the content size.
+    assert frame[4] & 0x3F == 0b100100
+
+
+@given(st.integers(1, CHUNK))
+def test_a_gzip_member_must_have_no_flags_and_no_time(size):
+    assert compress_member(memoryview(ZEROS)[:size])[:8].hex() == "1f8b080000000000"
+
+
+@given(st.integers(0, 1 << 60), st.integers(0, (1 << 32) - 1), st.integers(0, LOCATOR_SIZE * 8 - 1))
+def test_a_locator_must_read_back_be_empty_to_gzip_and_show_a_flipped_bit(offset, crc, position):
+    line = locator(offset, crc)
+    assert len(line) == LOCATOR_SIZE
+    assert parse_locator(line) == (offset, crc)
+    assert gzip.decompress(line) == b""
+    flipped = bytearray(line)
+    flipped[position // 8] ^= 1 << position % 8
+    assert parse_locator(bytes(flipped)) != (offset, crc)
+    assert parse_locator(line[1:]) is None
+
+
+SIZES = st.one_of(
+    st.integers(0, 3000), st.sampled_from([CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK - 512, 3 * CHUNK, 5 * CHUNK + 7])
+)
+
+
+@given(st.lists(SIZES, max_size=6), st.sampled_from([BLOCK, ALIGNMENT]))
+def test_the_pieces_must_be_the_tar_and_begin_with_the_data_of_a_file(sizes, alignment):
+    items = [
+        Planned(Member(f"f{n}", "file", size), source=Source(Path("s"), f"f{n}", size, "0" * 64, (size, 0, n)))
+        for n, size in enumerate(sizes)
+    ]
+    layout = lay_out([Planned(Member("m", "file", 3), b"abc"), *items, Planned(Member("d", "directory"))], alignment)
+    pieces = list(cut(layout, END))
+    assert all(0 < piece.size <= CHUNK for piece in pieces)
+    assert sum(piece.size for piece in pieces) == layout.end + len(END)
+    position, begins, read = 0, {}, {}
+    for piece in pieces:
+        if piece.source:
+            begins.setdefault(piece.source.path, position - piece.start)
+            assert piece.start == read.get(piece.source.path, 0)
+            read[piece.source.path] = piece.start + piece.count
+            assert piece.last == (read[piece.source.path] == piece.source.size)
+        position += piece.size
+    places = {entry.member.name: entry.offset for entry in layout.entries}
+    assert all(places[name] == begin and begin % alignment == 0 for name, begin in begins.items())
+    assert read == {f"f{n}": size for n, size in enumerate(sizes) if size}

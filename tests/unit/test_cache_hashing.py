@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from tests.support.waiting import eventually
 from zops.cache import hashing, reading
-from zops.cache.hashing import Digests, _Job, _Schedule, digest_files
+from zops.cache.hashing import Digests, _Job, digest_files
+from zops.cache.lanes import BUFFERS, Schedule
 from zops.cache.pages import resident_bytes
 from zops.cache.reading import BLOCK, CHUNK, HUGE_PAGE, SMALL, OpenFile, new_buffer
 from zops.events import Event, Progressed, silent
@@ -167,14 +168,14 @@ def test_a_file_that_somebody_writes_to_must_be_copied_and_not_mapped(tmp_path: 
 
 
 def test_buffers_must_stay_within_what_a_thread_may_use() -> None:
-    assert hashing.BUFFERS * (CHUNK + HUGE_PAGE) + CHUNK <= 64 << 20
+    assert BUFFERS * (CHUNK + HUGE_PAGE) + CHUNK <= 64 << 20
     assert len(new_buffer()) == CHUNK
     assert CHUNK % mmap.PAGESIZE == 0
 
 
 def drain(sizes: list[int], slice_bytes: int, workers: int) -> float:
     """Play the schedule with workers of equal speed, one slice at a time; return when the last one ends, in bytes."""
-    schedule = _Schedule([_Job(Path(), ("sha256",), size) for size in sizes], slice_bytes, workers=workers)
+    schedule = Schedule([_Job(Path(), ("sha256",), size) for size in sizes], slice_bytes, workers=workers)
     busy: list[tuple[int, int, _Job]] = []
     free = set(range(workers))
     now = 0
@@ -202,7 +203,7 @@ def test_all_cores_must_end_together_unless_one_file_is_too_large_for_that(sizes
 
 def test_a_worker_must_not_read_ahead_into_the_file_that_an_idle_one_needs() -> None:
     jobs = [_Job(Path(), ("sha256",), size) for size in (30, 20, 10)]
-    schedule = _Schedule(jobs, 1, workers=2)
+    schedule = Schedule(jobs, 1, workers=2)
     assert schedule.take(0) is jobs[0]
     assert schedule._may_take(0), "two files are left: one to read ahead, one for the idle worker"
     assert schedule.take(0) is jobs[1]

@@ -67,13 +67,13 @@ def test_a_file_that_lost_its_name_before_it_was_locked_must_not_count(
     try_lock = lock_module._try_lock
     others: list[int] = []
 
-    def late(descriptor: int) -> bool:
+    def late(descriptor: int, operation: int) -> bool:
         # Between our open and our flock the last holder ended, and a third one took the name.
         if not others:
             path.unlink()
             others.append(os.open(path, os.O_RDWR | os.O_CREAT))
             assert try_lock(others[0])
-        return try_lock(descriptor)
+        return try_lock(descriptor, operation)
 
     monkeypatch.setattr(lock_module, "_try_lock", late)
     with pytest.raises(LockHeld), hold(path, silent, timeout_s=0):
@@ -102,4 +102,17 @@ def test_many_at_once_must_take_turns(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_must_be_named(tmp_path: Path, where: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(HostShort, match="cannot write"), hold(tmp_path / where, silent):
+        pass
+
+
+def test_who_only_reads_must_share_a_lock_and_keep_writers_out_until_the_last_one_ends(tmp_path: Path) -> None:
+    path = tmp_path / "lock"
+    with hold(path, silent, shared=True):
+        with hold(path, silent, shared=True, timeout_s=0), pytest.raises(LockHeld), hold(path, silent, timeout_s=0):
+            pass
+        assert path.exists()
+        with pytest.raises(LockHeld), hold(path, silent, timeout_s=0):
+            pass
+    assert not path.exists()
+    with hold(path, silent, timeout_s=0), pytest.raises(LockHeld), hold(path, silent, shared=True, timeout_s=0):
         pass

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from zops.errors import HostShort, RuntimeUnreachable, SnapshotMissing, UsageError
+from zops.health.backups import BACKUP_CHECKS
 from zops.host.cdi import CdiFacts, CdiSpec
 from zops.host.checks import CHECKS
 from zops.host.context import Context, Need, Senses
@@ -403,6 +404,6 @@ def test_every_check_must_have_its_own_id_and_say_what_it_looks_at():
 def test_the_page_must_describe_every_check_and_no_other():
     text = PAGE.read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## (\S+)\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL))
-    assert list(sections) == [check.id for check in CHECKS]
+    assert list(sections) == [check.id for check in (*CHECKS, *BACKUP_CHECKS)]
     for name, section in sections.items():
         assert all(word in section for word in ("Looks", "Why:", "Remedy:")), name

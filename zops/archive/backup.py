@@ -1,47 +1,34 @@
-"""Making an archive of verified snapshots: every byte read once, and hashed and compressed on the way."""
+"""Making an archive of verified snapshots: every byte is read once, and hashed and compressed on the way."""
 
 import hashlib
-import json
 import os
-import posixpath
 import time
-import uuid
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime, timedelta
-from pathlib import Path, PurePosixPath
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from pathlib import Path
 
-from zops import __version__
-from zops.archive.format import (
-    ALIGNMENT,
-    CHUNK,
-    INDEX_MAGIC,
-    INDEX_NAME,
-    MANIFEST_NAME,
-    SIDECAR_MANIFEST,
-    SKIPPABLE_HEADER,
-    TRAILER_SIZE,
-    ArchiveManifest,
-    Entry,
-    Frame,
-    Index,
-    check_identity,
-    check_names,
-    seek_table,
-    trailer,
-)
-from zops.archive.frames import compress_frame, in_order
-from zops.archive.store import Store, Writer, archive_name, join
-from zops.archive.tar import BLOCK, END, LATEST_S, Member, encode_header, padding
-from zops.cache.layout import Snapshot, place
-from zops.cache.manifest import Finding, Manifest, damaged, require_verified
+from zops.archive.clone import clone_tar
+from zops.archive.closing import close
+from zops.archive.format import Compression, Frame, Index
+from zops.archive.frames import compress_frame, compress_member
+from zops.archive.order import Draft, Order
+from zops.archive.pipeline import Done, Pace, Pack, stream, wrong
+from zops.archive.plan import Earlier, Source, root_of
+from zops.archive.resume import Journal, Leftover
+from zops.archive.sinks import FileSink, Sink, open_sink
+from zops.archive.store import DirectoryStore, Store, Writer, join
+from zops.cache.hashing import digest_files
+from zops.cache.layout import Snapshot
+from zops.cache.lock import hold
+from zops.cache.manifest import require_verified, sidecar, stat_key
+from zops.cache.verify import require_manifest
 from zops.errors import UsageError
 from zops.events import Report, Task, silent, task
 
-Compression = Literal["zstd", "none"]
+_PACKS: dict[Compression, Pack | None] = {"zstd": compress_frame, "gzip": compress_member, "none": None}
+_EMPTY = hashlib.sha256(b"").hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +43,14 @@ class BackupResult:
     files: int
     digests: tuple[str, ...]
     """Digest of each snapshot's manifest."""
+    stored_size: int = 0
+    """Bytes of the files whose data is in this archive, not in an earlier one nor behind a link."""
+    resumed_size: int = 0
+    """Bytes of the archive that an earlier, killed run had written."""
+    cloned: bool = False
+    """Whether the archive shares the blocks of the snapshot's files."""
+    mismatched: tuple[str, ...] = ()
+    """Files that are not what their manifest says, by their names in the archive."""
 
     @property
     def ratio(self) -> float:
@@ -63,252 +58,213 @@ class BackupResult:
         return self.size / self.content_size if self.content_size else 1.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Planned:
-    """A member and where its data comes from: bytes at hand, or a file that must have this SHA-256."""
-
-    member: Member
-    content: bytes = b""
-    source: Path | None = None
-    path: str = ""
-    snapshot: Path | None = None
-    sha256: str = ""
-
-
 def backup(
     snapshots: Sequence[Path | Snapshot],
     store: Store,
     *,
     compression: Compression = "zstd",
+    earlier: Earlier | None = None,
+    limit: float | None = None,
+    allow_mismatch: bool = False,
+    trust_marker: bool = False,
     report: Report = silent,
 ) -> BackupResult:
     """Write one archive of verified snapshots into a store, or none at all.
 
-    Files that a manifest does not name are left out. Every file is read once; its SHA-256 must be the manifest's.
+    Files that a manifest does not name are left out. Every file is read once; its SHA-256 must be the manifest's. While
+    this goes on, other zops may read the snapshots but not change them. What a killed run left of the same archive in
+    a directory is gone on with.
 
     Args:
         snapshots: their directories.
         store: where the archive goes.
-        compression: `zstd`, or `none` for a plain tar whose data is aligned for file systems that share blocks.
+        compression: `zstd`, `gzip`, or `none` for a plain tar that shares the files' blocks where the disk can do that.
+        earlier: an archive in the same store, whose files are not stored again.
+        limit: bytes a second that are read at most; None for no limit.
+        allow_mismatch: write what is there, whatever the manifests say, and record what differs.
+        trust_marker: where blocks are shared, believe the last verification of files that look untouched since,
+            instead of reading them; the archive says so.
         report: is told of progress by bytes read.
 
     Raises:
         SnapshotMissing: when a snapshot was never verified.
         SnapshotDamaged: when a file changed since, or is read with another SHA-256.
         HostShort, SourceFailed: when the store has no room or fails.
+        LockHeld: when another zops changes a snapshot for too long.
     """
     if not snapshots:
         raise UsageError("there is no snapshot to back up", hint="name a model that is in the cache")
     began = time.monotonic()
     paths = [snapshot.path if isinstance(snapshot, Snapshot) else snapshot for snapshot in snapshots]
-    manifests = [require_verified(path) for path in paths]
-    created, name = _free_name(manifests, store, compressed=compression == "zstd")
-    manifest = ArchiveManifest(
-        id=uuid.uuid4().hex,
-        created=created.isoformat(),
-        zops=__version__,
-        snapshots={_root(m): m for m in manifests},
-    )
-    if len(manifest.snapshots) != len(paths):
-        raise UsageError("the same snapshot is to be backed up twice", hint="name it once")
-    planned = list(_plan(manifest, paths))
-    check_names(item.member for item in planned)
-    content_size = sum(m.size for m in manifests)
-    write = _write_compressed if compression == "zstd" else _write_plain
-    text = f"backing up to {join(store, name)}"
-    with task(report, "backup", text, total=content_size) as progress, store.open_writer(name) as writer:
-        counting = _Counting(writer)
-        write(_Tar(manifest.id, planned, progress), counting)
+    with ExitStack() as locks:
+        for path in sorted(set(paths)):
+            locks.enter_context(_steady(path, report))
+        manifests = [require_manifest(path) if allow_mismatch else require_verified(path) for path in paths]
+        if len({root_of(manifest) for manifest in manifests}) != len(paths):
+            raise UsageError("the same snapshot is to be backed up twice", hint="name it once")
+        order = Order(paths, manifests, store, compression, earlier, limit, allow_mismatch)
+        order = order.sharing(report, trust_marker=trust_marker)
+        draft, leftover = order.begin()
+        text = f"backing up to {join(store, draft.name)}"
+        with task(report, "backup", text, total=draft.plan.read_size) as progress:
+            written = _Writing(order, draft, leftover, progress, report).run()
     return BackupResult(
-        location=join(store, name),
-        name=name,
-        size=counting.size,
-        content_size=content_size,
+        location=join(store, draft.name),
+        name=draft.name,
+        size=written.size,
+        content_size=sum(m.size for m in manifests),
         seconds=time.monotonic() - began,
         files=sum(len(m.files) for m in manifests),
         digests=tuple(m.digest for m in manifests),
+        stored_size=draft.plan.read_size,
+        resumed_size=leftover.size if leftover else 0,
+        cloned=order.share,
+        mismatched=written.mismatched,
     )
 
 
-def _free_name(manifests: Sequence[Manifest], store: Store, *, compressed: bool) -> tuple[datetime, str]:
-    """Return the time and name of a new archive; a second one in the same second is dated one later."""
-    created = datetime.now(UTC).replace(microsecond=0)
-    while store.exists(name := archive_name(manifests, created, compressed=compressed)):
-        created += timedelta(seconds=1)
-    return created, name
+def _steady(snapshot: Path, report: Report) -> AbstractContextManager[None]:
+    """Keep other zops from changing a snapshot; where this one cannot write, what it reads is told by its SHA-256."""
+    directory = sidecar(snapshot)
+    if not os.access(directory, os.W_OK):
+        return nullcontext()
+    return hold(directory / "lock", report, shared=True)
 
 
-def _root(manifest: Manifest) -> str:
-    check_identity(manifest.model, manifest.revision)
-    return place(Path(), manifest.model, manifest.revision).as_posix()
+@dataclass
+class _Writing:
+    """An archive while it is written.
 
+    Attributes:
+        size: of the archive in bytes, when it is done.
+        found: SHA-256 in hex of the files that are not what their manifest says.
+    """
 
-def _plan(manifest: ArchiveManifest, paths: Sequence[Path]) -> Iterator[_Planned]:
-    """Yield every member in order: the manifest, then of each snapshot its directories, its sidecar, its files."""
-    yield _from_bytes(MANIFEST_NAME, manifest.as_bytes(), manifest)
-    for (root, snapshot), path in zip(manifest.snapshots.items(), paths, strict=True):
-        directories = {"."} | {str(p) for entry in snapshot.files for p in PurePosixPath(entry.path).parents}
-        for directory in sorted(directories):
-            stat = (path / directory).stat()
-            name = posixpath.normpath(f"{root}/{directory}")
-            yield _Planned(Member(name, "directory", 0, stat.st_mode & 0o777, _seconds(stat)))
-        text = json.dumps(snapshot.as_json(), indent=1) + "\n"
-        yield _from_bytes(f"{root}/{SIDECAR_MANIFEST}", text.encode(), manifest)
-        regular = {entry.path: entry for entry in snapshot.files if not (path / entry.path).is_symlink()}
-        for entry in sorted(snapshot.files):
-            source = path / entry.path
-            with _presence(path, entry.path):
-                stat = source.stat()
-            member = Member(f"{root}/{entry.path}", "file", entry.size, stat.st_mode & 0o777, _seconds(stat))
-            link = "" if entry.path in regular else str(source.readlink())
-            target = regular.get(posixpath.normpath(posixpath.join(posixpath.dirname(entry.path), link)))
-            # A link to another file of the snapshot stays one; content elsewhere (Hugging Face's blobs) becomes a file.
-            if link and target and (target.size, target.sha256) == (entry.size, entry.sha256):
-                yield _Planned(replace(member, kind="symlink", size=0, mode=0o777, link=link))
+    order: Order
+    draft: Draft
+    leftover: Leftover | None
+    progress: Task
+    report: Report
+    size: int = 0
+    found: dict[Source, str] = field(default_factory=dict)
+
+    def run(self) -> "_Writing":
+        """Write it all; an error leaves nothing behind."""
+        self._judge_empty()
+        with self._journal() as journal, self._open() as writer:
+            if self.order.share and clone_tar(self.draft.layout, writer.fileno()):  # type: ignore[attr-defined] # it is a file: a directory is needed to share
+                self._hash_sources()
+                sink, shared = open_sink(writer, self.draft.layout.end), True
             else:
-                yield _Planned(member, source=source, path=entry.path, snapshot=path, sha256=entry.sha256)
+                sink, shared = open_sink(writer, self.leftover.size if self.leftover else 0), False
+            with closing(sink):
+                frames = [] if shared else self._stream(sink, journal)
+                for data in close(self._index(frames)):
+                    sink.write(data)
+                sink.finish()
+                self.size = sink.position
+        return self
 
+    @property
+    def mismatched(self) -> tuple[str, ...]:
+        """Names of the files that are not what their manifest says, and of those that are missing."""
+        wrong = {item.member.name for item in self.draft.layout.items if item.source in self.found}
+        return tuple(sorted({*wrong, *self.draft.plan.missing}))
 
-@contextmanager
-def _presence(snapshot: Path, path: str) -> Iterator[None]:
-    """Say that the snapshot is damaged when a file of it vanishes under our hands."""
-    try:
-        yield
-    except (FileNotFoundError, NotADirectoryError):
-        raise damaged(snapshot, [Finding(path, "missing")]) from None
+    def _open(self) -> AbstractContextManager[Writer]:
+        store, name = self.order.store, self.draft.name
+        if self.leftover and isinstance(store, DirectoryStore):
+            return store.open_writer(name, resume=True)
+        # What closes an archive takes some hundred bytes a member and thirty a frame.
+        closing_size = (1 << 20) + 1024 * len(self.draft.layout.items) + 64 * self.draft.piece_count
+        return store.open_writer(name, size=self.draft.layout.end + closing_size)
 
-
-def _seconds(stat: os.stat_result) -> int:
-    """Return a modification time in whole seconds, as far as any tar program reads it: from 1970 to 2286."""
-    return min(max(0, int(stat.st_mtime)), LATEST_S)
-
-
-def _from_bytes(name: str, content: bytes, manifest: ArchiveManifest) -> _Planned:
-    mtime = int(datetime.fromisoformat(manifest.created).timestamp())
-    return _Planned(
-        Member(name, "file", len(content), 0o644, mtime), content, sha256=hashlib.sha256(content).hexdigest()
-    )
-
-
-class _Counting:
-    """Passes bytes on and counts them."""
-
-    def __init__(self, writer: Writer) -> None:
-        self.size = 0
-        self._writer = writer
-
-    def write(self, data: bytes) -> None:
-        self._writer.write(data)
-        self.size += len(data)
-
-
-class _Tar:
-    """The tar as a sequence of pieces, and what was learned of it while they were made."""
-
-    def __init__(self, archive: str, planned: Sequence[_Planned], progress: Task) -> None:
-        self.end = 0
-        self._archive = archive
-        self._planned = planned
-        self._progress = progress
-        self._structure = hashlib.sha256()
-        self._entries: list[Entry] = []
-
-    def pieces(self, alignment: int = BLOCK) -> Iterator[bytes]:
-        """Yield the tar up to the end of its last member, in pieces of at most `CHUNK`, cut where members' data begins.
-
-        Raises:
-            SnapshotDamaged: when a file is not what its manifest says.
-        """
-        pending = bytearray()
-        for item in self._planned:
-            size = item.member.size
-            header = encode_header(item.member, self.end, alignment if size else BLOCK)
-            pending += self._count(header)
-            self._entries.append(Entry(item.member, self.end if item.member.kind == "file" else 0, item.sha256))
-            if size:
-                yield from _cut(pending)
-                pending.clear()
-                for block in self._data(item):
-                    if len(block) == CHUNK:
-                        yield block
-                    else:
-                        pending += block
-                self.end += size
-                pending += self._count(bytes(padding(size)))
-        yield from _cut(pending)
-
-    def index(self, frames: Sequence[Frame] = ()) -> bytes:
-        """Return the text of the index; to be called after the last piece."""
-        return Index(
-            self._archive, self.end, self._structure.hexdigest(), tuple(self._entries), tuple(frames)
-        ).as_text()
-
-    def _count(self, structure: bytes) -> bytes:
-        self._structure.update(structure)
-        self.end += len(structure)
-        return structure
-
-    def _data(self, item: _Planned) -> Iterator[bytes]:
-        if item.source is None:
-            for start in range(0, len(item.content), CHUNK):
-                yield item.content[start : start + CHUNK]
+    @contextmanager
+    def _journal(self) -> Iterator[Journal | None]:
+        directory = self.order.directory
+        if directory is None or self.order.share or self.order.allow_mismatch:
+            yield None
             return
-        assert item.snapshot is not None
-        digest = hashlib.sha256()
-        left = item.member.size
-        with _presence(item.snapshot, item.path), item.source.open("rb", buffering=0) as stream:
-            while left and (block := _read_fully(stream.read, min(CHUNK, left))):
-                digest.update(block)
-                left -= len(block)
-                self._progress.advance(len(block))
-                yield block
-            longer = stream.read(1)
-        if left or longer or digest.hexdigest() != item.sha256:
-            raise damaged(item.snapshot, [Finding(item.path, "wrong-size" if left or longer else "corrupt")])
+        manifest = self.draft.manifest
+        header = {"id": manifest.id, "created": manifest.created, "fingerprint": self.draft.fingerprint}
+        journal = Journal(directory, self.draft.name, header, self.leftover)
+        try:
+            yield journal
+        finally:
+            # The archive has its name, or is gone.
+            journal.remove()
+
+    def _stream(self, sink: Sink, journal: Journal | None) -> list[Frame]:
+        """Read, hash, compress and write the pieces that are not there yet; return all frames."""
+        pack, draft = _PACKS[self.order.compression], self.draft
+        done, size, frames = 0, 0, []
+        if self.leftover:
+            done, size, frames = self.leftover.pieces, self.leftover.size, list(self.leftover.frames)
+            self.progress.advance(sum(piece.count for piece in islice(draft.pieces(), done)))
+        if pack is None and isinstance(sink, FileSink):
+            sink.reserve(self.draft.layout.end)
+        # The hash of a file in whose middle a run was killed needs its beginning again.
+        following = next(draft.pieces(done), None)
+        cut_file = following.source if following else None
+        before = (piece for piece in islice(draft.pieces(), done) if cut_file and piece.source is cut_file)
+        with closing(stream(draft.pieces(done), pack, sink, Pace(self.order.limit), before=before)) as running:
+            for each in running:
+                self._judge(each)
+                done, size = done + 1, size + each.frame.compressed
+                if pack:
+                    frames.append(each.frame)
+                self.progress.advance(each.piece.count)
+                if journal and journal.due and isinstance(sink, FileSink):
+                    sink.make_durable()
+                    journal.note(done, size, frames)
+        return frames
+
+    def _judge_empty(self) -> None:
+        for item in self.draft.layout.items:
+            if item.source and not item.member.size:
+                self._compare(item.source, _EMPTY)
+
+    def _judge(self, done: Done) -> None:
+        if done.sha256 and done.piece.source:
+            self._compare(done.piece.source, done.sha256)
+
+    def _compare(self, source: Source, sha256: str) -> None:
+        if sha256 == source.sha256:
+            return
+        if not self.order.allow_mismatch:
+            raise wrong(source, "corrupt", f"SHA-256 {sha256[:12]} instead of {source.sha256[:12]}")
+        self.found[source] = sha256
+
+    def _hash_sources(self) -> None:
+        """Hash the files whose blocks are shared; whoever changed one since it was looked at would be seen."""
+        sources = {item.member.name: item.source for item in self.draft.layout.items if item.source}
+        if not self.order.trusted:
+            text = f"hashing {len(sources)} files"
+            hashed = digest_files({name: s.file for name, s in sources.items()}, ("sha256",), self.report, text)
+            for name, source in sources.items():
+                digests = hashed[name]
+                if isinstance(digests, OSError):
+                    raise wrong(source, "corrupt", f"cannot be read: {digests.strerror}")
+                if not digests.stat == stat_key(source.file) == source.stat:
+                    raise wrong(source, "changed", "was written to while it was backed up")
+                self._compare(source, digests.hex["sha256"])
+        self.progress.advance(self.draft.plan.read_size)
+
+    def _index(self, frames: Sequence[Frame]) -> Index:
+        layout = self.draft.layout
+        return Index(
+            archive=self.draft.manifest.id,
+            end=layout.end,
+            structure_sha256=layout.structure_sha256,
+            entries=tuple(
+                replace(entry, sha256=self.found[item.source]) if item.source in self.found else entry
+                for item, entry in zip(layout.items, layout.entries, strict=True)
+            ),
+            frames=tuple(frames),
+            compression=self.order.compression,
+            elsewhere=self.draft.plan.elsewhere,
+            mismatched=self.mismatched,
+        )
 
 
-def _read_fully(read: Callable[[int], bytes | None], size: int) -> bytes:
-    """Read exactly `size` bytes unless the file ends before; a raw file may return fewer at a time (2 GiB at most)."""
-    block = read(size) or b""
-    while len(block) < size and (more := read(size - len(block))):
-        block += more
-    return block
-
-
-def _cut(data: bytearray) -> Iterator[bytes]:
-    for start in range(0, len(data), CHUNK):
-        yield bytes(data[start : start + CHUNK])
-
-
-def _write_compressed(tar: _Tar, writer: _Counting) -> None:
-    frames: list[Frame] = []
-
-    def compress(piece: bytes) -> tuple[bytes, Frame]:
-        compressed = compress_frame(piece)
-        return compressed, Frame(len(compressed), len(piece), zlib.crc32(compressed))
-
-    def pieces() -> Iterator[bytes]:
-        yield from tar.pieces()
-        yield END
-
-    for compressed, frame in in_order(compress, pieces()):
-        writer.write(compressed)
-        frames.append(frame)
-    text = tar.index(frames)
-    text = SKIPPABLE_HEADER.pack(INDEX_MAGIC, len(text) + TRAILER_SIZE) + text
-    index = text + trailer(text)
-    writer.write(index)
-    writer.write(seek_table([*frames, Frame(len(index), 0)]))
-
-
-def _write_plain(tar: _Tar, writer: _Counting) -> None:
-    for piece in tar.pieces(ALIGNMENT):
-        writer.write(piece)
-    text = tar.index()
-    # Blanks make the member end with its block, so that its last line is found from the end of the archive.
-    text = text[:-1] + b" " * padding(len(text) + TRAILER_SIZE) + b"\n"
-    text = encode_header(Member(INDEX_NAME, "file", len(text) + TRAILER_SIZE)) + text
-    writer.write(text + trailer(text) + END)
-
-
-__all__ = ["BackupResult", "Compression", "backup"]
+__all__ = ["BackupResult", "Compression", "Earlier", "backup"]

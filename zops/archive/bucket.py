@@ -1,81 +1,132 @@
 """Archives in a bucket that speaks S3, by obstore: streamed up in parts, read in ranges, nothing on disk in between."""
 
+import hashlib
 import io
-import os
-import queue
+import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from typing import Any, BinaryIO, TypeVar, cast
 
 import obstore
 import obstore.store
 
-from zops.archive.store import ArchiveInfo, Writer, listed, not_found
-from zops.errors import SourceFailed, UsageError
+from zops.archive.credentials import find_credentials
+from zops.archive.names import ArchiveInfo, listed, read_name
+from zops.archive.store import NOTE, NOTE_LIMIT, Leftover, Writer, cut_off, join, not_found
+from zops.archive.transfer import READ_AHEAD, Forward, Outgoing, Ranges
+from zops.archive.uploads import Bucket, abort_upload, claimed, claims, list_uploads
+from zops.errors import SourceFailed, ZopsError
 
 Value = TypeVar("Value")
 
-# S3 takes 10,000 parts of an object, so this allows 160 GB; four of them are in memory at once.
 PART = 16 << 20
+"""Bytes of a part of an upload, unless the archive needs larger ones. Four or five of them are in memory at once."""
+_PARTS = 9_000
+"""S3 takes 10,000 parts of an object; a tenth is spare for archives that turn out larger than was thought."""
 _CONCURRENCY = 3
-_READ_AHEAD = 8 << 20
+LEFTOVER_AGE = timedelta(hours=24)
+"""From then on an unfinished upload of another host counts as left behind: no backup takes a day."""
+_CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "300s"}
+_RETRY: dict[str, Any] = {"max_retries": 4, "retry_timeout": timedelta(seconds=90)}
+_ERROR_LIMIT = 300
 
 
 class S3Store:
-    """Archives below `s3://bucket/prefix`; credentials, region and endpoint from the usual AWS_* variables."""
+    """Archives below `s3://bucket/prefix`; what the location does not tell comes from AWS_* variables and files."""
 
     def __init__(self, location: str) -> None:
-        bucket, _, prefix = location.removeprefix("s3://").partition("/")
-        if not bucket:
-            raise UsageError(f"{location} names no bucket", hint="write it as s3://bucket/prefix")
-        self.location = location.rstrip("/")
-        self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
-        endpoint = os.environ.get("AWS_ENDPOINT_URL", "")
-        # Plain HTTP only where the operator wrote an endpoint of that kind, for a server on the same machine or net.
-        self._client = obstore.store.S3Store(
-            bucket, client_options={"allow_http": endpoint.startswith("http://")}, retry_config={"max_retries": 5}
-        )
+        self._bucket = Bucket.at(location)
+        self._prefix = self._bucket.prefix
+        address, mark, options = location.partition("?")
+        self.location = f"{address.rstrip('/')}{mark}{options}"
+        self._unprovided: ZopsError | None = None
+        self._client = self._connect(_CLIENT)
+        self._whole: Forward | None = None
+        self._lock = threading.Lock()
 
     def list(self) -> "list[ArchiveInfo]":
         """See `Store`."""
-        result = self._call(lambda: obstore.list_with_delimiter(self._client, self._prefix or None))
-        return listed(self, ((entry["path"].removeprefix(self._prefix), entry["size"]) for entry in result["objects"]))
+        try:
+            result = self._call(lambda: obstore.list_with_delimiter(self._client, self._prefix or None))
+        except FileNotFoundError as error:
+            raise self._failed(error) from None
+        entries = ((entry["path"].removeprefix(self._prefix), entry["size"]) for entry in result["objects"])
+        return listed(self.location, entries)
 
     @contextmanager
-    def open_writer(self, name: str) -> Iterator[Writer]:
-        """See `Store`: a multipart upload, completed at the end or aborted."""
+    def open_writer(self, name: str, *, size: int = 0) -> Iterator[Writer]:
+        """See `Store`: a multipart upload, completed at the end or aborted, and then compared with what was sent."""
         key = self._prefix + name
-
-        def put(items: Iterator[bytes]) -> object:
-            return obstore.put(
-                self._client, key, items, use_multipart=True, chunk_size=PART, max_concurrency=_CONCURRENCY
+        if self.exists(name):
+            raise SourceFailed(
+                f"{join(self, name)} exists already and is not replaced",
+                code="archive-exists",
+                hint="run the backup again",
             )
+        # Somebody else's leftovers, or a right that is lacking, must not keep a backup from being made.
+        with suppress(ZopsError):
+            self.clean()
+        part = max(PART, -(-size // _PARTS))
 
-        upload = _Upload(put, self.failed)
-        try:
-            yield upload
-        except BaseException:
-            upload.abort()
-            raise
-        upload.finish()
+        def put(items: Iterator[bytes]) -> str:
+            done = obstore.put(
+                self._client, key, items, use_multipart=True, chunk_size=part, max_concurrency=_CONCURRENCY
+            )
+            return (done["e_tag"] or "").strip('"')
+
+        with claimed(self._bucket, key):
+            upload = Outgoing(put, part, self._failed)
+            try:
+                yield upload
+            except BaseException:
+                upload.abort()
+                raise
+            etag = upload.finish()
+            try:
+                self._compare(name, etag, upload.digests, upload.sizes)
+            except BaseException:
+                with suppress(ZopsError):
+                    self.delete(name)
+                raise
 
     def open_reader(self, name: str) -> BinaryIO:
         """See `Store`."""
+        raw = Ranges(lambda start, end: self.read_range(name, start, end), self.size(name))
+        return cast("BinaryIO", io.BufferedReader(raw, READ_AHEAD))
+
+    def size(self, name: str) -> int:
+        """See `Store`."""
+        try:
+            return int(self._call(lambda: obstore.head(self._client, self._prefix + name))["size"])
+        except FileNotFoundError:
+            raise not_found(join(self, name)) from None
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """See `Store`."""
+        if start >= end:
+            return b""
         key = self._prefix + name
         try:
-            size = self._call(lambda: obstore.head(self._client, key))["size"]
+            # obstore asks again after errors of the store, and when an answer breaks off.
+            data = bytes(obstore.get_range(self._client, key, start=start, end=end))
         except FileNotFoundError:
-            raise not_found(f"{self.location}/{name}") from None
-        raw = _Ranges(
-            lambda start, end: bytes(self._call(lambda: obstore.get_range(self._client, key, start=start, end=end))),
-            size,
-        )
-        return cast("BinaryIO", io.BufferedReader(raw, _READ_AHEAD))
+            raise not_found(join(self, name)) from None
+        except obstore.exceptions.BaseError as error:
+            if "non-partial" in str(error):
+                return self._read_whole(key, start, end)
+            raise self._failed(error) from None
+        if len(data) != end - start:
+            raise cut_off(join(self, name), start + len(data))
+        return data
 
     def delete(self, name: str) -> None:
         """See `Store`."""
-        self._call(lambda: obstore.delete(self._client, self._prefix + name))
+        for key in (self._prefix + name, self._prefix + name + NOTE):
+            with suppress(FileNotFoundError):
+                self._call(partial(obstore.delete, self._client, key))
 
     def exists(self, name: str) -> bool:
         """See `Store`."""
@@ -85,121 +136,131 @@ class S3Store:
             return False
         return True
 
+    def read_note(self, name: str) -> bytes | None:
+        """See `Store`."""
+        try:
+            found = self._call(lambda: obstore.get(self._client, self._prefix + name + NOTE))
+            return bytes(self._call(found.bytes)) if found.meta["size"] <= NOTE_LIMIT else None
+        except (FileNotFoundError, SourceFailed):
+            return None
+
+    def write_note(self, name: str, text: bytes) -> None:
+        """See `Store`."""
+        key = self._prefix + name + NOTE
+        self._call(lambda: obstore.put(self._client, key, text, use_multipart=False))
+
+    def clean(self, *, dry_run: bool = False) -> tuple[Leftover, ...]:
+        """See `Store`: uploads of dead processes of this host, and those of others that are a day old.
+
+        Raises:
+            SourceFailed: when the bucket does not tell of uploads.
+        """
+        known = claims(self._bucket)
+        dead, alive = ({claim.key for claim in known if claim.alive is state} for state in (False, True))
+        found = []
+        for upload in list_uploads(self._bucket):
+            name = upload.key.removeprefix(self._prefix)
+            ours = upload.key.startswith(self._prefix) and read_name(name, 0, self.location) is not None
+            old = datetime.now(UTC) - upload.began > LEFTOVER_AGE
+            if ours and upload.key not in alive and (upload.key in dead or old):
+                found.append(Leftover(name, 0, upload.began))
+                if not dry_run:
+                    abort_upload(self._bucket, upload)
+        if not dry_run:
+            for claim in known:
+                if not claim.alive:
+                    claim.path.unlink(missing_ok=True)
+        return tuple(found)
+
+    def _connect(self, options: dict[str, Any]) -> Any:
+        def provide() -> dict[str, Any]:
+            try:
+                found = find_credentials()
+            except ZopsError as error:
+                # obstore would make a text of it.
+                self._unprovided = error
+                raise
+            self._unprovided = None
+            return {
+                "access_key_id": found.access_key,
+                "secret_access_key": found.secret_key,
+                "token": found.token or None,
+                "expires_at": found.expires,
+            }
+
+        bucket = self._bucket
+        # Plain HTTP only where the operator wrote an endpoint of that kind, for a server on the same machine or net.
+        options = {**options, "allow_http": bucket.endpoint.startswith("http://")}
+        place = {"endpoint": bucket.url if bucket.virtual else bucket.endpoint} if bucket.endpoint else {}
+        return obstore.store.S3Store(
+            bucket.name,
+            region=bucket.region,
+            virtual_hosted_style_request=bucket.virtual,
+            client_options=options,  # type: ignore[arg-type] # a TypedDict of just these keys
+            retry_config=_RETRY,  # type: ignore[arg-type] # as above
+            credential_provider=provide,  # type: ignore[arg-type] # as above
+            **place,  # type: ignore[arg-type] # as above
+        )
+
+    def _compare(self, name: str, etag: str, digests: Sequence[bytes], sizes: Sequence[int]) -> None:
+        """Compare what the bucket holds with what was sent.
+
+        Where parts are not sealed with a key of the store's own, S3 and MinIO name an object by the MD5 of its parts'
+        MD5s; that proves it. What another store calls it says nothing, so the archive is read back.
+        """
+        joined = hashlib.md5(b"".join(digests), usedforsecurity=False).hexdigest()
+        if self.size(name) != sum(sizes):
+            raise self._corrupted(name)
+        if etag == f"{joined}-{len(digests)}":
+            return
+        start = 0
+        for digest, size in zip(digests, sizes, strict=True):
+            if hashlib.md5(self.read_range(name, start, start + size), usedforsecurity=False).digest() != digest:
+                raise self._corrupted(name)
+            start += size
+
+    def _corrupted(self, name: str) -> SourceFailed:
+        return SourceFailed(
+            f"{join(self, name)} is not what was sent; it was removed",
+            code="store-corrupted",
+            hint="run the backup again; if it happens again, look at the network and at the store",
+        )
+
+    def _read_whole(self, key: str, start: int, end: int) -> bytes:
+        """Read a range from a server that sends everything whatever was asked for."""
+        with self._lock:
+            if self._whole is None or self._whole.key != key or self._whole.position > start:
+                # However long all of it takes, as long as it goes on.
+                client = self._connect({**_CLIENT, "timeout": "7days"})
+                self._whole = Forward(key, self._call(lambda: obstore.get(client, key)))
+            try:
+                return self._whole.read(start, end)
+            except (obstore.exceptions.BaseError, EOFError) as error:
+                self._whole = None
+                raise self._failed(error) from None
+
     def _call(self, function: Callable[[], Value]) -> Value:
         """Call obstore and say in our words what failed; what is not found stays a FileNotFoundError."""
         try:
             return function()
         except obstore.exceptions.BaseError as error:
-            raise self.failed(error) from None
+            raise self._failed(error) from None
 
-    def failed(self, error: Exception) -> SourceFailed:
-        """Build the error for a request that the store refused or that never reached it."""
+    def _failed(self, error: BaseException) -> BaseException:
+        """Build the error for a request that the store refused or that never reached it; others stay."""
+        if not isinstance(error, obstore.exceptions.BaseError | FileNotFoundError | EOFError):
+            return error
+        if self._unprovided:
+            return self._unprovided
+        text = re.sub(r"\s+", " ", str(error).partition("\n\nDebug source")[0]).strip()[:_ERROR_LIMIT]
+        if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
+            return SourceFailed(
+                f"{self.location} refused: {text}",
+                code="store-refused",
+                hint="look at the credentials and at what they may do",
+            )
         return SourceFailed(
-            f"{self.location} failed: {str(error).partition(chr(10))[0]}",
+            f"{self.location} failed: {text}",
             code="store-failed",
-            hint="check the bucket, AWS_ENDPOINT_URL, AWS_REGION, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY",
+            hint="check the bucket, its region and its endpoint (AWS_REGION, AWS_ENDPOINT_URL), and the network",
         )
-
-
-class _Aborted(Exception):
-    pass
-
-
-class _Upload:
-    """Hands what is written here to obstore, which reads it in a thread of its own."""
-
-    def __init__(self, put: Callable[[Iterator[bytes]], object], failed: Callable[[Exception], SourceFailed]) -> None:
-        self._queue: queue.Queue[bytes | type[_Aborted] | None] = queue.Queue(maxsize=4)
-        self._failure: BaseException | None = None
-        self._put_all, self._failed = put, failed
-        self._thread = threading.Thread(target=self._run, name="zops-upload", daemon=True)
-        self._thread.start()
-
-    def write(self, data: bytes) -> None:
-        """Queue bytes for the upload.
-
-        Raises:
-            SourceFailed: when the upload failed meanwhile.
-        """
-        self._put(data)
-
-    def finish(self) -> None:
-        """Complete the upload, waiting for the store to confirm it.
-
-        Raises:
-            SourceFailed: when it failed.
-        """
-        self._put(None)
-        self._thread.join()
-        if self._failure:
-            raise self._failure
-
-    def abort(self) -> None:
-        """Give the upload up; the parts that were sent are removed from the bucket."""
-        if self._thread.is_alive() and self._failure is None:
-            self._put(_Aborted, quiet=True)
-        self._thread.join()
-
-    def _put(self, item: "bytes | type[_Aborted] | None", *, quiet: bool = False) -> None:
-        while self._thread.is_alive():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=0.2)
-                return
-        if self._failure and not quiet:
-            raise self._failure
-
-    def _items(self) -> Iterator[bytes]:
-        while (item := self._queue.get()) is not None:
-            if not isinstance(item, bytes):
-                raise _Aborted
-            yield item
-
-    def _run(self) -> None:
-        try:
-            self._put_all(self._items())
-        except _Aborted:
-            pass
-        except (obstore.exceptions.BaseError, FileNotFoundError) as error:
-            self._failure = self._failed(error)
-        except BaseException as error:  # noqa: BLE001 - carried to the thread that writes, which raises it
-            self._failure = error
-
-
-class _Ranges(io.RawIOBase):
-    """A file of which every read is a request for a range."""
-
-    def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
-        self._fetch = fetch
-        self._size = size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readall(self) -> bytes:
-        # Python's own asks for 8 KiB at a time, each of which would be a request.
-        parts = []
-        while self._position < self._size:
-            parts.append(self._fetch(self._position, min(self._position + _READ_AHEAD, self._size)))
-            self._position += len(parts[-1])
-        return b"".join(parts)
-
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if self._position >= end:
-            return 0
-        data = self._fetch(self._position, end)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)

@@ -6,13 +6,15 @@ import struct
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, Literal
 
 from zops.archive.tar import BLOCK, Member
 from zops.cache.manifest import SIDECAR, Manifest
 from zops.errors import ArchiveDamaged, ZopsError
 
 FORMAT = 1
+Compression = Literal["zstd", "gzip", "none"]
+SUFFIXES: Mapping[Compression, str] = {"zstd": ".tar.zst", "gzip": ".tar.gz", "none": ".tar"}
 MANIFEST_NAME = ".zops-archive.json"
 INDEX_NAME = ".zops-index"
 SIDECAR_MANIFEST = f"{SIDECAR}/manifest.json"
@@ -33,6 +35,13 @@ SKIPPABLE_HEADER = struct.Struct("<II")
 SEEK_ENTRY = struct.Struct("<II")
 SEEK_FOOTER = struct.Struct("<IBI")
 
+# The last member (RFC 1952) of a .tar.gz is empty and has one extra field, "zo", that tells where the members with the
+# index begin, and the CRC-32 of their compressed bytes. What surrounds these two never differs.
+_LOCATOR = struct.Struct("<QI")
+_LOCATOR_HEAD = bytes.fromhex("1f8b08040000000000ff") + struct.pack("<H2sH", 4 + _LOCATOR.size, b"zo", _LOCATOR.size)
+_LOCATOR_END = bytes.fromhex("0300") + bytes(8)
+LOCATOR_SIZE = len(_LOCATOR_HEAD) + _LOCATOR.size + len(_LOCATOR_END)
+
 _TRAILER = "{sha256} {length:020d} zops-index-1\n"
 TRAILER_SIZE = len(_TRAILER.format(sha256="0" * 64, length=0))
 
@@ -48,9 +57,10 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Frame:
-    """A zstd frame: its size in bytes in the archive, and in the tar; the CRC-32 of its compressed bytes.
+    """A zstd frame, or a member of a gzip file: its size in bytes in the archive, and in the tar.
 
-    The frame's own checksum covers its content only, and a few flipped bits still decode to the same content.
+    `crc32` is that of its compressed bytes: the frame's own checksum covers its content only, and a few flipped bits
+    still decode to the same content.
     """
 
     compressed: int
@@ -59,13 +69,28 @@ class Frame:
 
 
 @dataclass(frozen=True, slots=True)
+class Base:
+    """The archive that another one builds on: its id, and its name in the same store."""
+
+    id: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
 class ArchiveManifest:
-    """Who made an archive, when (ISO 8601, UTC), and of which snapshots: path in the archive -> manifest."""
+    """Who made an archive, when (ISO 8601, UTC), and of which snapshots: path in the archive -> manifest.
+
+    Attributes:
+        base: the archive that holds, itself or through its own base, the files that are stored elsewhere.
+        trusted: whether the files' SHA-256 were taken from the record of a verification, not from the bytes stored.
+    """
 
     id: str
     created: str
     zops: str
     snapshots: Mapping[str, Manifest]
+    base: Base | None = None
+    trusted: bool = False
 
     def as_bytes(self) -> bytes:
         """Return the text of the archive's first member."""
@@ -74,6 +99,8 @@ class ArchiveManifest:
             "id": self.id,
             "created": self.created,
             "zops": self.zops,
+            **({"base": {"id": self.base.id, "name": self.base.name}} if self.base else {}),
+            **({"trusted": True} if self.trusted else {}),
             "snapshots": [{"path": path, "manifest": m.as_json()} for path, m in self.snapshots.items()],
         }
         return json.dumps(body, indent=1).encode() + b"\n"
@@ -90,11 +117,18 @@ class ArchiveManifest:
             snapshots = {str(s["path"]): Manifest.from_json(s["manifest"]) for s in body["snapshots"]}
             if len(snapshots) != len(body["snapshots"]) or not snapshots:
                 raise ArchiveDamaged("the archive's manifest names no snapshot, or one twice")
-            manifest = cls(str(body["id"]), str(body["created"]), str(body["zops"]), snapshots)
+            base = Base(str(body["base"]["id"]), str(body["base"]["name"])) if "base" in body else None
+            manifest = cls(
+                str(body["id"]), str(body["created"]), str(body["zops"]), snapshots, base, body.get("trusted") is True
+            )
         except (KeyError, TypeError, ValueError) as error:
             raise ArchiveDamaged(f"the archive's manifest is none: {error!r}") from None
         except ZopsError as error:
             raise ArchiveDamaged(f"the archive's manifest is none: {error.message}") from None
+        if base:
+            check_name(base.name)
+            if "/" in base.name:
+                raise ArchiveDamaged(f"the archive builds on {base.name!r}, no name in a store", code="archive-hostile")
         for path, snapshot in snapshots.items():
             check_name(path)
             check_identity(snapshot.model, snapshot.revision)
@@ -110,7 +144,11 @@ class Index:
         end: bytes of the tar up to the end of the last member.
         structure_sha256: SHA-256 of the bytes up to `end` that are no member's data: headers and padding.
         entries: every member, in the order of the tar.
-        frames: every zstd frame in order; empty in an uncompressed archive.
+        frames: every zstd frame or gzip member with a part of it, in order; empty in an uncompressed archive.
+        compression: what the frames are.
+        elsewhere: files of the snapshots that an earlier archive of the chain holds; their offset is 0.
+        mismatched: names of members that are not what their snapshot's manifest says, or that are missing. What the
+            index says of them is true of the archive.
     """
 
     archive: str
@@ -118,15 +156,21 @@ class Index:
     structure_sha256: str
     entries: tuple[Entry, ...]
     frames: tuple[Frame, ...] = ()
+    compression: Compression = "none"
+    elsewhere: tuple[Entry, ...] = ()
+    mismatched: tuple[str, ...] = ()
 
     def as_text(self) -> bytes:
         """Return the index as one line of JSON."""
         body = {
             "format": FORMAT,
             "archive": self.archive,
+            "compression": self.compression,
             "end": self.end,
             "structure_sha256": self.structure_sha256,
             "members": [_entry_as_json(entry) for entry in self.entries],
+            **({"elsewhere": [_entry_as_json(entry) for entry in self.elsewhere]} if self.elsewhere else {}),
+            **({"mismatched": list(self.mismatched)} if self.mismatched else {}),
             "frames": [[frame.compressed, frame.size, frame.crc32] for frame in self.frames],
         }
         return json.dumps(body, separators=(",", ":")).encode() + b"\n"
@@ -146,6 +190,9 @@ class Index:
                 structure_sha256=str(body["structure_sha256"]),
                 entries=tuple(_entry_from_json(entry) for entry in body["members"]),
                 frames=tuple(Frame(_count(packed), _count(size), _count(crc)) for packed, size, crc in body["frames"]),
+                compression=_compression(body["compression"]),
+                elsewhere=tuple(_elsewhere_from_json(entry) for entry in body.get("elsewhere", ())),
+                mismatched=tuple(str(name) for name in body.get("mismatched", ())),
             )
         except (KeyError, TypeError, ValueError) as error:
             raise ArchiveDamaged(f"the archive's index is none: {error!r}") from None
@@ -163,7 +210,7 @@ def _entry_as_json(entry: Entry) -> dict[str, object]:
 
 def _entry_from_json(body: Mapping[str, Any]) -> Entry:
     kind = body["kind"]
-    if kind not in {"file", "directory", "symlink"}:
+    if kind not in {"file", "directory", "symlink", "hardlink"}:
         raise ArchiveDamaged(f"the archive's index has a member of kind {kind!r}")
     member = Member(
         str(body["name"]),
@@ -171,9 +218,23 @@ def _entry_from_json(body: Mapping[str, Any]) -> Entry:
         _count(body["size"]) if kind == "file" else 0,
         _count(body["mode"]) & 0o777,
         _count(body["mtime"]),
-        str(body["link"]) if kind == "symlink" else "",
+        str(body["link"]) if kind in {"symlink", "hardlink"} else "",
     )
     return Entry(member, _count(body.get("offset", 0)), str(body.get("sha256", "")))
+
+
+def _elsewhere_from_json(body: Mapping[str, Any]) -> Entry:
+    entry = _entry_from_json(body)
+    if entry.member.kind != "file" or entry.offset:
+        raise ArchiveDamaged(f"the archive's index has {entry.member.name!r} elsewhere, which is no file")
+    return entry
+
+
+def _compression(value: object) -> Compression:
+    for name in SUFFIXES:
+        if name == value:
+            return name
+    raise ArchiveDamaged(f"the archive's index names compression {value!r}")
 
 
 def _count(value: object) -> int:
@@ -216,6 +277,24 @@ def trailer_length(line: bytes) -> int:
     return int(parts[1])
 
 
+def locator(offset: int, crc32: int) -> bytes:
+    """Return the empty gzip member that ends a `.tar.gz`.
+
+    Args:
+        offset: where the gzip members with the index begin.
+        crc32: of their compressed bytes.
+    """
+    return _LOCATOR_HEAD + _LOCATOR.pack(offset, crc32) + _LOCATOR_END
+
+
+def parse_locator(data: bytes) -> tuple[int, int] | None:
+    """Return what `locator` was given; None when the data is none."""
+    if len(data) != LOCATOR_SIZE:
+        return None
+    offset, crc32 = _LOCATOR.unpack_from(data, len(_LOCATOR_HEAD))
+    return (offset, crc32) if data == locator(offset, crc32) else None
+
+
 def seek_table(frames: Iterable[Frame]) -> bytes:
     """Return the skippable frame that ends an archive, as zstd's seekable format wants it (without checksums)."""
     entries = b"".join(SEEK_ENTRY.pack(frame.compressed, frame.size) for frame in frames)
@@ -245,7 +324,8 @@ def check_name(name: str) -> None:
     inside = name == str(path) and name != "." and not path.is_absolute() and ".." not in path.parts
     encodable = name.isprintable() and all(len(part.encode()) <= 255 for part in path.parts) if inside else False
     if not encodable or len(name) > 4096:
-        raise ArchiveDamaged(f"the archive names {name!r}, no path inside it", code="archive-hostile", member=name)
+        shown = name if len(name) <= 200 else f"{name[:200]}..."
+        raise ArchiveDamaged(f"the archive names {shown!r}, no path inside it", code="archive-hostile", member=name)
 
 
 def check_names(members: Iterable[Member]) -> None:

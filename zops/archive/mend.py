@@ -4,6 +4,7 @@ import posixpath
 from pathlib import Path
 
 from zops.archive.contents import Contained
+from zops.archive.encryption import NO_KEYS, Keys
 from zops.archive.reader import open_stream
 from zops.archive.store import StoredArchive, newest, open_archive, open_store
 from zops.cache.fetch import Delivery
@@ -15,19 +16,19 @@ from zops.errors import ArchiveDamaged, SourceFailed
 from zops.events import Report
 
 
-def spring_of_archive(location: str) -> Spring:
+def spring_of_archive(location: str, keys: Keys = NO_KEYS) -> Spring:
     """Return what opens the archive at a path or at `s3://bucket/prefix/name`."""
-    return Spring(f"archive {location}", lambda manifest, _: delivery_from(open_archive(location), manifest))
+    return Spring(f"archive {location}", lambda manifest, _: delivery_from(open_archive(location, keys), manifest))
 
 
-def spring_of_store(location: str, model: str) -> Spring:
+def spring_of_store(location: str, model: str, keys: Keys = NO_KEYS) -> Spring:
     """Return what opens the newest archive of a model in a store."""
 
     def open_newest(manifest: Manifest, _report: Report) -> Delivery:
         found = newest(open_store(location), model)
         if found is None:
             raise SourceFailed(f"there is no archive of {model} in {location}", code="archive-not-found")
-        return delivery_from(open_archive(found.location), manifest)
+        return delivery_from(open_archive(found.location, keys), manifest)
 
     return Spring(f"archives in {location}", open_newest)
 

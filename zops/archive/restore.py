@@ -1,40 +1,36 @@
 """Bringing snapshots back from an archive: everything checked first, staged beside the target, verified, renamed."""
 
-import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
-from io import FileIO
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO
 
+from zops.archive.check import ArchiveCheck, read_manifest_of, verify_archive
 from zops.archive.contents import Contained
-from zops.archive.format import ArchiveManifest
-from zops.archive.reader import Archive, MemberData, open_stream
-from zops.archive.staging import check_room, put_in_place, recover, room, shortage, staging
-from zops.archive.store import StoredArchive, open_archive
+from zops.archive.journal import journal
+from zops.archive.opened import Location, Opened, opened
+from zops.archive.reader import Archive, OwnArchive
+from zops.archive.share import share
+from zops.archive.staged import Place, Staged, StagedFile
+from zops.archive.staging import check_room, discard, recover, room, shortage, staging
 from zops.archive.tar import Member
 from zops.cache.layout import is_verified, place
 from zops.cache.lock import hold
-from zops.cache.manifest import (
-    FileEntry,
-    Manifest,
-    read_manifest,
-    stat_key,
-    sync_directory,
-    write_manifest,
-    write_marker,
-)
-from zops.errors import ArchiveDamaged
-from zops.events import Report, Task, Warned, silent, task
-
-Location = StoredArchive | Path | str
+from zops.cache.manifest import Manifest, few, read_manifest
+from zops.errors import ArchiveDamaged, UsageError
+from zops.events import Report, Warned, silent, task
 
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A snapshot after a restore. `changed` is False where it was there already, verified and equal."""
+    """A snapshot after a restore.
+
+    Attributes:
+        changed: False where it was there already, verified and equal.
+        verified: whether every file is what its manifest says; not so for a mismatched snapshot that was allowed.
+        kept: files that were there and right, in the cache or from an earlier run that was cut short.
+    """
 
     model: str
     revision: str
@@ -43,6 +39,8 @@ class Restored:
     files: int
     size: int
     changed: bool
+    verified: bool = True
+    kept: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,93 +67,84 @@ class RestoreResult:
         return sum(snapshot.size for snapshot in self.snapshots)
 
 
-@dataclass(frozen=True, slots=True)
-class ArchiveCheck:
-    """What reading a whole archive told; `verified` is False where nothing in it vouches for its content."""
-
-    archive: str
-    manifest: ArchiveManifest | None
-    members: int
-    size: int
-    verified: bool
-    seconds: float
-
-
 def restore(
     archive: Location,
     cache_dir: Path,
     *,
     model: str | None = None,
     manifest: Manifest | None = None,
+    into: Path | None = None,
+    allow_mismatch: bool = False,
     report: Report = silent,
 ) -> RestoreResult:
     """Restore the snapshots of an archive into a cache, each verified against its manifest, or change nothing.
 
-    A snapshot that is there, verified and equal, is left alone. One that differs is replaced, after the one from the
-    archive is complete. Archives of other programs are restored too; what the catalog does not know gets a manifest of
-    its own, with a warning, for nobody vouches for it.
+    A snapshot that is there, verified and equal, is left alone. Of one that differs, the files that are right stay, and
+    it is replaced after the new one is complete. A restore that was killed goes on with what it had completed. Archives
+    of other programs are restored too; what the catalog does not know gets a manifest of its own, with a warning, for
+    nobody vouches for it.
 
     Args:
         archive: where it is.
         cache_dir: the cache's root.
         model: restore only this one; also names the one of an archive that does not tell.
         manifest: what that model must contain, for archives that do not tell.
+        into: the directory that shall become the snapshot, instead of its place in the cache.
+        allow_mismatch: restore also what was backed up although it did not match its manifest; it counts as unverified.
         report: is told of progress by bytes read.
 
     Raises:
         ArchiveDamaged: when the archive is cut, flipped, hostile, or not what its manifest says.
         SnapshotMissing: when it holds no snapshot (of that model).
+        SourceFailed: when it, or one that it builds on, is not there.
         HostShort: when space, inodes or permissions are short.
         LockHeld: when another process works on the same snapshot.
     """
     began = time.monotonic()
-    with _opened(archive) as (stream, name), shortage(cache_dir):
-        opened = open_stream(stream, room=room(cache_dir))
-        contents = opened.snapshots(model, manifest)
+    where = into or cache_dir
+    with opened(archive, room=room(where)) as source, shortage(where):
+        contents = source.archive.snapshots(model, manifest)
+        _check_mismatched(contents, allow=allow_mismatch)
+        targets = _targets(contents, cache_dir, into)
         with ExitStack() as locks:
-            targets = [place(cache_dir, c.model, c.revision) for c in contents]
             for target in sorted(targets):
                 locks.enter_context(_locked(target, report))
             found = [_present(c, target) for c, target in zip(contents, targets, strict=True)]
             missing = [(c, target) for c, target, there in zip(contents, targets, found, strict=True) if there is None]
             _warn(missing, report)
-            made = iter(_restore_missing(opened, missing, cache_dir, name, report) if missing else ())
+            made = iter(_restore_missing(source, missing, where, report) if missing else ())
             snapshots = tuple(there or next(made) for there in found)
-    return RestoreResult(name, snapshots, time.monotonic() - began)
+    return RestoreResult(source.location, snapshots, time.monotonic() - began)
 
 
-def read_manifest_of(archive: Location) -> ArchiveManifest | None:
-    """Return what an archive says of itself, without reading it whole; None when zops did not make it.
+def _check_mismatched(contents: Sequence[Contained], *, allow: bool) -> None:
+    bad = [path for contained in contents for path in sorted(contained.mismatched)]
+    if bad and not allow:
+        raise ArchiveDamaged(
+            f"{len(bad)} file(s) did not match their manifest when they were backed up: {few(bad)}",
+            code="archive-mismatched",
+            hint="restore them as they were with --allow-mismatch, or take another archive",
+            files=bad,
+        )
+
+
+def _targets(contents: Sequence[Contained], cache_dir: Path, into: Path | None) -> list[Path]:
+    """Return what each snapshot shall become.
 
     Raises:
-        ArchiveDamaged: when it is cut, damaged or hostile.
+        UsageError: when `into` cannot be that.
     """
-    with _opened(archive) as (stream, _):
-        return open_stream(stream).manifest
-
-
-def verify_archive(archive: Location, report: Report = silent) -> ArchiveCheck:
-    """Read an archive whole and check every byte of it against its index and manifest.
-
-    Raises:
-        ArchiveDamaged: at the first thing that is wrong.
-    """
-    began = time.monotonic()
-    with _opened(archive) as (stream, name):
-        opened = open_stream(stream)
-        with task(report, "verify-archive", f"verifying {name}", total=opened.size) as progress:
-            for _, data in opened.read():
-                for block in data:
-                    progress.advance(len(block))
-    vouched = opened.manifest is not None
-    return ArchiveCheck(name, opened.manifest, len(opened.members), opened.size, vouched, time.monotonic() - began)
-
-
-@contextmanager
-def _opened(archive: Location) -> Iterator[tuple[BinaryIO, str]]:
-    stored = archive if isinstance(archive, StoredArchive) else open_archive(archive)
-    with stored.open() as stream:
-        yield stream, stored.location
+    if into is None:
+        return [place(cache_dir, c.model, c.revision) for c in contents]
+    if len(contents) > 1:
+        raise UsageError(
+            f"the archive holds {len(contents)} snapshots, which cannot be one directory",
+            hint=f"name one with --model: {few([c.model for c in contents])}",
+        )
+    occupied = into.is_symlink() or (into.exists() and not into.is_dir())
+    if occupied or (into.is_dir() and any(into.iterdir()) and read_manifest(into) is None):
+        raise UsageError(f"{into} holds something that is no snapshot of zops", hint="name a new or empty directory")
+    return [into.absolute()]
 
 
 @contextmanager
@@ -174,11 +163,12 @@ def _locked(target: Path, report: Report) -> Iterator[None]:
 
 def _present(contained: Contained, target: Path) -> Restored | None:
     """Return the snapshot in the target when it is verified and equal to the one in the archive."""
-    if contained.manifest is None or not is_verified(target):
+    if contained.manifest is None or contained.mismatched or not is_verified(target):
         return None
     there = read_manifest(target)
     if there is None or there.digest != contained.manifest.digest:
         return None
+    discard(target)
     return Restored(
         contained.model, contained.revision, target, there.digest, len(there.files), there.size, changed=False
     )
@@ -193,109 +183,98 @@ def _warn(missing: Sequence[tuple[Contained, Path]], report: Report) -> None:
                 )
             )
         if contained.left_out:
-            shown = ", ".join(contained.left_out[:3])
+            shown = few(contained.left_out)
             report(Warned(f"{len(contained.left_out)} file(s) that no pipeline needs are left out: {shown}"))
+        if contained.mismatched:
+            shown = few(sorted(contained.mismatched))
+            report(Warned(f"{len(contained.mismatched)} file(s) do not match the manifest, and stay so: {shown}"))
 
 
 def _restore_missing(
-    opened: Archive, missing: Sequence[tuple[Contained, Path]], cache_dir: Path, name: str, report: Report
+    source: Opened, missing: Sequence[tuple[Contained, Path]], where: Path, report: Report
 ) -> list[Restored]:
-    members = {member.name: member for member in opened.members}
-    size = sum(members[source].size for c, _ in missing for source in c.files.values())
-    check_room(cache_dir, size, sum(len(c.files) + len(c.directories) + 4 for c, _ in missing))
     with ExitStack() as stack:
-        staged = [_Staged(c, stack.enter_context(staging(target)), target) for c, target in missing]
-        with task(report, "restore", f"restoring from {name}", total=opened.size) as progress:
-            _write_all(opened, staged, progress)
+        staged = []
+        for contained, target in missing:
+            directory = stack.enter_context(staging(target))
+            record, found = stack.enter_context(journal(directory, contained.manifest))
+            snapshot = Staged(contained, directory, target, record)
+            snapshot.take_up(found)
+            snapshot.reuse({path: m.mode for path, m in _members(source, contained).items()}, report)
+            staged.append(snapshot)
+        kept = [sum(not snapshot.lacks(path) for path in _members(source, snapshot.contained)) for snapshot in staged]
+        orders = _orders(source, staged)
+        names = sum(len(s.contained.directories) + len(s.contained.links) + 4 for s in staged)
+        copies = [member.size for order in orders for places in order.places.values() for _, _, member in places]
+        check_room(where, sum(copies), names + len(copies))
+        with task(
+            report, "restore", f"restoring from {source.location}", total=sum(o.size for o in orders)
+        ) as progress:
+            for order in orders:
+                order.fetch(progress.advance, report)
             for snapshot in staged:
                 snapshot.complete()
-        return [snapshot.put_in_place() for snapshot in staged]
+        return [_put_in_place(snapshot, number) for snapshot, number in zip(staged, kept, strict=True)]
 
 
-def _write_all(opened: Archive, staged: "Sequence[_Staged]", progress: Task) -> None:
-    wanted: dict[str, list[tuple[_Staged, str]]] = {}
+def _put_in_place(snapshot: Staged, kept: int) -> Restored:
+    snapshot.put_in_place()
+    m = snapshot.manifest
+    verified = not snapshot.contained.mismatched
+    size = sum((snapshot.target / path).stat().st_size for path in snapshot.paths)
+    return Restored(
+        m.model,
+        m.revision,
+        snapshot.target,
+        m.digest,
+        len(snapshot.paths),
+        size,
+        changed=True,
+        verified=verified,
+        kept=kept,
+    )
+
+
+@dataclass
+class _Order:
+    """What is to come out of one archive: member -> every file that shall have its data."""
+
+    archive: Archive
+    whole: bool
+    places: dict[str, list[Place]] = field(default_factory=dict)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are read."""
+        return sum(places[0][2].size for places in self.places.values())
+
+    def fetch(self, advance: Callable[[int], None], report: Report) -> None:
+        """Bring it all."""
+        shared = share(self.archive, self.places, advance, report) if isinstance(self.archive, OwnArchive) else set()
+        left = {name: places for name, places in self.places.items() if name not in shared}
+        self.archive.unpack(left.keys(), lambda entry: StagedFile(left[entry.member.name]), advance, whole=self.whole)
+
+
+def _orders(source: Opened, staged: Sequence[Staged]) -> list[_Order]:
+    """Return what must come from which archive: the archive itself, read whole, and those that it builds on."""
+    orders: dict[int, _Order] = {id(source.archive): _Order(source.archive, whole=True)}
     for snapshot in staged:
-        for path, source in snapshot.contained.files.items():
-            wanted.setdefault(source, []).append((snapshot, path))
-    for member, data in opened.read():
-        places = wanted.get(member.name, [])
-        _write(member, data, [snapshot.directory / path for snapshot, path in places], progress)
-        for snapshot, path in places:
-            snapshot.accept(path, member, data.sha256)
+        for path, member in _members(source, snapshot.contained).items():
+            if not snapshot.lacks(path):
+                continue
+            archive, name = source.archive, snapshot.contained.files.get(path, "")
+            if path in snapshot.contained.elsewhere:
+                archive, name = source.find(snapshot.contained.elsewhere[path])
+            order = orders.setdefault(id(archive), _Order(archive, whole=False))
+            order.places.setdefault(name, []).append((snapshot, path, member))
+    return list(orders.values())
 
 
-def _write(member: Member, data: MemberData, paths: Sequence[Path], progress: Task) -> None:
-    """Write a member's data to new files, durably; the bytes that are hashed are those that are written."""
-    with ExitStack() as stack:
-        files = []
-        for path in paths:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            files.append(stack.enter_context(path.open("xb", buffering=0)))
-        for block in data:
-            for file in files:
-                _write_fully(file, block)
-            progress.advance(len(block))
-        for file in files:
-            os.fchmod(file.fileno(), member.mode | 0o400)
-            os.utime(file.fileno(), (member.mtime, member.mtime))
-            os.fsync(file.fileno())
-
-
-def _write_fully(file: FileIO, block: memoryview) -> None:
-    while block:
-        block = block[file.write(block) :]
-
-
-class _Staged:
-    """A snapshot on its way: the directory beside its target, and what was found to be right so far."""
-
-    def __init__(self, contained: Contained, directory: Path, target: Path) -> None:
-        self.contained = contained
-        self.directory = directory
-        self.target = target
-        self._expected = {f.path: f for f in contained.manifest.files} if contained.manifest else None
-        self._entries: dict[str, FileEntry] = {}
-
-    def accept(self, path: str, member: Member, sha256: str) -> None:
-        """Take a written file for good.
-
-        Raises:
-            ArchiveDamaged: when it is not what the manifest says.
-        """
-        entry = FileEntry(path, member.size, sha256)
-        if self._expected is not None and self._expected[path] != entry:
-            raise ArchiveDamaged(
-                f"{path!r} in the archive has another SHA-256 than the manifest of {self.contained.model} says",
-                hint="the archive is damaged, or of another revision; take another one, or fetch with: zops cache pull",
-                member=member.name,
-            )
-        self._entries[path] = entry
-
-    def complete(self) -> None:
-        """Make links, set the directories' modes, write manifest and marker: the marker last."""
-        contained, directory = self.contained, self.directory
-        for path, link in contained.links.items():
-            (directory / path).parent.mkdir(parents=True, exist_ok=True)
-            (directory / path).symlink_to(link)
-        for path in contained.directories:
-            (directory / path).mkdir(parents=True, exist_ok=True)
-        manifest = contained.manifest or Manifest(
-            contained.model, contained.revision, tuple(sorted(self._entries.values())), "local", "archive"
-        )
-        if self._entries.keys() | contained.links.keys() != {entry.path for entry in manifest.files}:
-            raise ArchiveDamaged(f"the archive does not hold every file of {contained.model}")
-        write_manifest(directory, manifest)
-        write_marker(directory, manifest, {e.path: stat_key(directory / e.path) for e in manifest.files})
-        for path in sorted(contained.directories, reverse=True):
-            (directory / path).chmod(contained.directories[path] | 0o700)
-        for parent, _, _ in os.walk(directory):
-            sync_directory(Path(parent))
-        self._manifest = manifest
-
-    def put_in_place(self) -> Restored:
-        put_in_place(self.target)
-        m = self._manifest
-        return Restored(m.model, m.revision, self.target, m.digest, len(m.files), m.size, changed=True)
+def _members(source: Opened, contained: Contained) -> Mapping[str, Member]:
+    """Return the file that each path of a snapshot becomes, links apart."""
+    members = {member.name: member for member in source.archive.members}
+    here = {path: members[name] for path, name in contained.files.items()}
+    return here | {path: entry.member for path, entry in contained.elsewhere.items()}
 
 
 __all__ = ["ArchiveCheck", "RestoreResult", "Restored", "read_manifest_of", "restore", "verify_archive"]

@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from zops.archive.journal import forget, has_progress
 from zops.cache.manifest import sync_directory
-from zops.errors import HostShort
+from zops.errors import HostShort, SourceFailed
 
 
 def _staged(target: Path) -> Path:
@@ -21,37 +22,49 @@ def _aside(target: Path) -> Path:
 
 @contextmanager
 def staging(target: Path) -> Iterator[Path]:
-    """Make an empty directory beside `target` and remove it at the end, unless `put_in_place` was called.
+    """Make the directory beside `target` that shall become it, or take up the one that a killed run left.
 
-    Whoever calls holds the target's lock and has called `recover`, so nothing of an earlier, killed run is there.
-    Directories that had to be made above it go too when nothing was put in them.
+    Whoever calls holds the target's lock and has called `recover`. The directory stays for the next run when this one
+    was interrupted, or its source broke off, and something in it is complete. When anything else is wrong it goes,
+    and so do directories that had to be made above it.
     """
     made = [parent for parent in target.parents if not parent.exists()]
     directory = _staged(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        directory.mkdir()
+        if not directory.is_dir() or directory.is_symlink():
+            remove(directory)
+            directory.mkdir()
         yield directory
+    except BaseException as error:
+        resumable = isinstance(error, SourceFailed) or not isinstance(error, Exception)
+        if not (resumable and has_progress(directory)):
+            remove(directory)
+        raise
     finally:
-        remove(directory)
         for parent in made:
             with suppress(OSError):
                 parent.rmdir()
 
 
 def recover(target: Path) -> None:
-    """Undo what a killed run left beside a target: put back what it had moved aside, remove what it had staged."""
+    """Undo what a killed run left half-done: put back what it had moved aside, or remove that when it was replaced."""
     aside = _aside(target)
     if os.path.lexists(aside) and not os.path.lexists(target):
         aside.rename(target)
         sync_directory(target.parent)
     remove(aside)
+
+
+def discard(target: Path) -> None:
+    """Remove what a killed run had staged for a target that needs nothing any more."""
     remove(_staged(target))
 
 
 def put_in_place(target: Path) -> None:
     """Let the staged directory take the target's name, durably; what was there goes aside first and is removed last."""
     aside = _aside(target)
+    forget(_staged(target))
     if os.path.lexists(target):
         target.rename(aside)
     _staged(target).rename(target)

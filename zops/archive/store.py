@@ -1,47 +1,26 @@
-"""Where archives live: a directory, or a bucket that speaks S3 (bucket.py, the only place that knows obstore).
-
-An archive's name tells model, revision and date, so that listing reads no archive:
-`{owner}--{name}-{revision, 12 characters}-{UTC time}.tar.zst`; several snapshots in one are joined by `+`.
-"""
+"""Where archives live: a directory, or a bucket that speaks S3 (bucket.py, the only place that knows obstore)."""
 
 import fcntl
 import os
-import re
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
-from dataclasses import dataclass
+import stat
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import BinaryIO, Protocol
 
+from zops.archive.encryption import NO_KEYS, Keys
+from zops.archive.names import ENCRYPTED, ArchiveInfo, archive_name, listed, located, names_revision
 from zops.archive.staging import shortage
 from zops.cache.lock import hold
-from zops.cache.manifest import Manifest, sync_directory
+from zops.cache.manifest import sync_directory, write_text
 from zops.errors import SourceFailed, UsageError
 from zops.events import silent
 
-_TIME = "%Y%m%dT%H%M%SZ"
-_NAME = re.compile(r"(?P<snapshots>.+)-(?P<created>\d{8}T\d{6}Z)\.tar(\.zst)?")
-_SNAPSHOT = re.compile(r"(?P<owner>.+?)--(?P<name>.+)-(?P<revision>[^-]+)")
-# Longest name that common file systems take is 255 bytes; ours gets a dot in front and .part behind while written.
-_NAME_LIMIT = 240
-
-
-@dataclass(frozen=True, slots=True)
-class ArchiveInfo:
-    """An archive as a store lists it: what its name tells, its size in bytes, and where `open_archive` finds it."""
-
-    name: str
-    snapshots: tuple[tuple[str, str], ...]
-    """Model, and the first characters of the revision."""
-    created: datetime
-    size: int
-    location: str
-
-    @property
-    def model(self) -> str:
-        """The (first) model in it."""
-        return self.snapshots[0][0]
+NOTE = ".note.json"
+"""What is behind an archive's name in that of the note on it: how it was made, and how it was proven."""
+NOTE_LIMIT = 64 << 10
 
 
 class Writer(Protocol):
@@ -51,16 +30,33 @@ class Writer(Protocol):
         """Take more bytes."""
 
 
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """What a killed backup left: the archive it was to become, and its bytes, 0 where the store does not tell."""
+
+    name: str
+    size: int
+    began: datetime
+
+
 class Store(Protocol):
-    """A place for archives; each is there whole or not at all."""
+    """A place for archives; each is there whole or not at all.
+
+    Whatever fails in a store is a `SourceFailed` or `HostShort` of one line.
+    """
 
     location: str
 
     def list(self) -> "list[ArchiveInfo]":
         """Return the archives that zops named, oldest first, without reading any."""
 
-    def open_writer(self, name: str) -> AbstractContextManager[Writer]:
-        """Return a context in which an archive is written: it appears at the end, or never when an error leaves it."""
+    def open_writer(self, name: str, *, size: int = 0) -> AbstractContextManager[Writer]:
+        """Return a context in which an archive is written: it appears at the end, or never when an error leaves it.
+
+        Args:
+            name: of the archive; one of that name is never replaced.
+            size: bytes that it will have at most, as far as that is known.
+        """
 
     def open_reader(self, name: str) -> BinaryIO:
         """Open an archive for reading at any place.
@@ -69,28 +65,60 @@ class Store(Protocol):
             SourceFailed: when it is not there or cannot be had.
         """
 
+    def size(self, name: str) -> int:
+        """Return an archive's size in bytes; raises as `open_reader` does."""
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """Return the bytes of an archive from `start` to `end`, all of them; may be called from several threads.
+
+        Raises:
+            SourceFailed: when they cannot be had, or the archive ends before.
+        """
+
     def delete(self, name: str) -> None:
-        """Remove an archive; one that is not there is fine."""
+        """Remove an archive and the note on it; one that is not there is fine."""
 
     def exists(self, name: str) -> bool:
         """Tell whether an archive is there."""
 
+    def read_note(self, name: str) -> bytes | None:
+        """Return the note on an archive, None when there is none of a sensible size."""
+
+    def write_note(self, name: str, text: bytes) -> None:
+        """Replace the note on an archive."""
+
+    def clean(self, *, dry_run: bool = False) -> tuple[Leftover, ...]:
+        """Remove what killed backups left, and return it; never what a running one is at work on."""
+
 
 @dataclass(frozen=True, slots=True)
 class StoredArchive:
-    """An archive by its store and name; nothing is opened yet."""
+    """An archive by its store and name, and what opens it where it is encrypted; nothing is opened yet."""
 
     store: Store
     name: str
+    keys: Keys = field(default=NO_KEYS, repr=False)
 
     @property
     def location(self) -> str:
         """Where it is, as a path or URL."""
         return join(self.store, self.name)
 
+    @property
+    def encrypted(self) -> bool:
+        """Whether its name says that it is encrypted."""
+        return self.name.endswith(ENCRYPTED)
+
     def open(self) -> BinaryIO:
-        """Open it for reading; see `Store.open_reader`."""
-        return self.store.open_reader(self.name)
+        """Open what is in it for reading at any place, decrypted where need be; see `Store.open_reader`.
+
+        Raises:
+            SourceFailed: when it is not there or cannot be had.
+            UsageError: when it is encrypted and the keys do not fit.
+            ArchiveDamaged: when it is encrypted, and cut or changed.
+        """
+        stream = self.store.open_reader(self.name)
+        return self.keys.open(stream, self.location) if self.encrypted else stream
 
 
 def open_store(location: str | Path) -> Store:
@@ -111,13 +139,14 @@ def open_store(location: str | Path) -> Store:
     return DirectoryStore(Path(text).expanduser())
 
 
-def open_archive(location: str | Path) -> StoredArchive:
+def open_archive(location: str | Path, keys: Keys = NO_KEYS) -> StoredArchive:
     """Return the archive at a path or at `s3://bucket/prefix/name`; whether it is there shows when it is opened."""
-    parent, _, name = str(location).rpartition("/")
     if str(location).startswith("s3://"):
-        return StoredArchive(open_store(parent), name)
+        address, mark, options = str(location).partition("?")
+        parent, _, name = address.rpartition("/")
+        return StoredArchive(open_store(f"{parent}{mark}{options}"), name, keys)
     path = Path(location).expanduser()
-    return StoredArchive(DirectoryStore(path.parent), path.name)
+    return StoredArchive(DirectoryStore(path.parent), path.name, keys)
 
 
 def newest(store: Store, model: str) -> ArchiveInfo | None:
@@ -127,60 +156,7 @@ def newest(store: Store, model: str) -> ArchiveInfo | None:
 
 def join(store: Store, name: str) -> str:
     """Return the location of an archive in a store."""
-    return f"{store.location.rstrip('/')}/{name}"
-
-
-def archive_name(manifests: Sequence[Manifest], created: datetime, *, compressed: bool) -> str:
-    """Return the name under which an archive of these snapshots is stored.
-
-    Raises:
-        UsageError: when they are too many for one name.
-    """
-    parts = [f"{_plain(m.model.replace('/', '--', 1))}-{_name_revision(m)}" for m in manifests]
-    name = f"{'+'.join(parts)}-{created.astimezone(UTC).strftime(_TIME)}.tar{'.zst' if compressed else ''}"
-    if len(name.encode()) > _NAME_LIMIT:
-        raise UsageError(
-            f"{len(manifests)} snapshots are too many for the name of one archive", hint="back them up apart"
-        )
-    return name
-
-
-def _name_revision(manifest: Manifest) -> str:
-    """Return a revision as it stands in a name: twelve characters, and how it was derived where it was."""
-    derived = f"_{manifest.derived}" if manifest.derived else ""
-    return _shortened(manifest.base_revision) + _plain(derived)
-
-
-def _shortened(revision: str) -> str:
-    return _plain(revision[:12]).replace("-", "_")
-
-
-def names_revision(named: str, revision: str, *, full: bool = False) -> bool:
-    """Tell whether what stands in an archive's name is a revision or, unless `full`, what was derived from it."""
-    return (named if full else named.removesuffix("_bf16")) == _shortened(revision)
-
-
-def read_name(name: str, size: int, store: Store) -> ArchiveInfo | None:
-    """Return what an archive's name tells, None for a name that zops did not give."""
-    match = _NAME.fullmatch(name)
-    parts = [_SNAPSHOT.fullmatch(part) for part in match["snapshots"].split("+")] if match else []
-    if match is None or None in parts:
-        return None
-    with suppress(ValueError):
-        created = datetime.strptime(match["created"], _TIME).replace(tzinfo=UTC)
-        snapshots = tuple((f"{part['owner']}/{part['name']}", part["revision"]) for part in parts if part)
-        return ArchiveInfo(name, snapshots, created, size, join(store, name))
-    return None
-
-
-def listed(store: Store, sizes: Iterable[tuple[str, int]]) -> "list[ArchiveInfo]":
-    """Return what the names in a store tell, oldest first."""
-    infos = (read_name(name, size, store) for name, size in sizes)
-    return sorted((info for info in infos if info), key=lambda info: (info.created, info.name))
-
-
-def _plain(text: str) -> str:
-    return re.sub(r"[^\w.-]", "_", text)
+    return located(store.location, name)
 
 
 def not_found(location: str) -> SourceFailed:
@@ -199,31 +175,52 @@ class DirectoryStore:
 
     def list(self) -> "list[ArchiveInfo]":
         """See `Store`."""
-        try:
-            files = [path for path in self.directory.iterdir() if path.is_file()]
-        except FileNotFoundError:
-            return []
-        return listed(self, ((path.name, path.stat().st_size) for path in files))
+        found = []
+        with self._reading(self.directory), suppress(FileNotFoundError, NotADirectoryError):
+            for path in self.directory.iterdir():
+                # Another zops may remove one while we look.
+                with suppress(FileNotFoundError):
+                    status = path.stat()
+                    found += [(path.name, status.st_size)] if stat.S_ISREG(status.st_mode) else []
+        return listed(self.location, found)
 
     @contextmanager
-    def open_writer(self, name: str) -> Iterator[Writer]:
-        """See `Store`: written beside its name, made durable, and renamed."""
+    def open_writer(
+        self,
+        name: str,
+        *,
+        size: int = 0,  # noqa: ARG002 - a disk asks for no sizes
+        resume: bool = False,
+    ) -> Iterator[Writer]:
+        """See `Store`: written beside its name, made durable, and renamed.
+
+        Args:
+            name: see `Store`.
+            size: see `Store`.
+            resume: go on with what a killed run left of it, every byte of which stays; the file begins at its start.
+        """
         part = self.directory / f".{name}.part"
         if self.directory.exists() and not self.directory.is_dir():
             raise UsageError(f"{self.directory} is no directory, so no archive can be put there", hint="choose another")
         with shortage(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             # The lock on the file tells others that somebody is at work on it; the kernel drops it with the process.
-            with hold(self.directory / ".zops.lock", silent):
-                self._remove_leftovers()
-                stream = part.open("xb")
-                fcntl.flock(stream, fcntl.LOCK_EX)
+            with self._locked():
+                self._clean(dry_run=False, spared=part if resume else None)
+                self._refuse_to_replace(name)
+                try:
+                    stream = part.open("r+b" if resume else "x+b")
+                    fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except (FileExistsError, BlockingIOError):
+                    raise _taken(join(self, name)) from None
             try:
                 with stream:
                     yield stream
                     stream.flush()
                     os.fsync(stream.fileno())
-                    part.rename(self.directory / name)
+                    with self._locked():
+                        self._refuse_to_replace(name)
+                        part.rename(self.directory / name)
                 sync_directory(self.directory)
             except BaseException:
                 part.unlink(missing_ok=True)
@@ -232,33 +229,118 @@ class DirectoryStore:
     def open_reader(self, name: str) -> BinaryIO:
         """See `Store`."""
         path = self.directory / name
-        try:
+        with self._reading(path):
             return path.open("rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise not_found(str(path)) from None
-        except PermissionError:
-            raise SourceFailed(f"{path} cannot be read: permission denied", code="archive-not-readable") from None
+
+    def size(self, name: str) -> int:
+        """See `Store`."""
+        path = self.directory / name
+        with self._reading(path):
+            return path.stat().st_size
+
+    def read_range(self, name: str, start: int, end: int) -> bytes:
+        """See `Store`."""
+        path = self.directory / name
+        with self._reading(path), path.open("rb", buffering=0) as stream:
+            data = bytearray()
+            while len(data) < end - start and (
+                more := os.pread(stream.fileno(), end - start - len(data), start + len(data))
+            ):
+                data += more
+        if len(data) < end - start:
+            raise cut_off(str(path), start + len(data))
+        return bytes(data)
 
     def delete(self, name: str) -> None:
         """See `Store`."""
-        (self.directory / name).unlink(missing_ok=True)
-        sync_directory(self.directory)
+        with shortage(self.directory):
+            (self.directory / name).unlink(missing_ok=True)
+            (self.directory / f"{name}{NOTE}").unlink(missing_ok=True)
+            if self.directory.is_dir():
+                sync_directory(self.directory)
 
     def exists(self, name: str) -> bool:
         """See `Store`."""
-        return (self.directory / name).is_file()
+        with self._reading(self.directory):
+            return (self.directory / name).is_file()
 
-    def _remove_leftovers(self) -> None:
-        """Remove what killed backups left: parts that nobody has locked."""
-        for part in self.directory.glob(".*.tar*.part"):
+    def read_note(self, name: str) -> bytes | None:
+        """See `Store`."""
+        path = self.directory / f"{name}{NOTE}"
+        try:
+            return path.read_bytes() if path.stat().st_size <= NOTE_LIMIT else None
+        except OSError:
+            return None
+
+    def write_note(self, name: str, text: bytes) -> None:
+        """See `Store`."""
+        with shortage(self.directory):
+            write_text(self.directory / f"{name}{NOTE}", text.decode())
+
+    def clean(self, *, dry_run: bool = False) -> tuple[Leftover, ...]:
+        """See `Store`: parts that nobody has locked."""
+        if not self.directory.is_dir():
+            return ()
+        with shortage(self.directory), nullcontext() if dry_run else self._locked():
+            return self._clean(dry_run=dry_run)
+
+    def _locked(self) -> AbstractContextManager[None]:
+        return hold(self.directory / ".zops.lock", silent)
+
+    def _clean(self, *, dry_run: bool, spared: Path | None = None) -> tuple[Leftover, ...]:
+        found = []
+        for part in sorted(self.directory.glob(".*.tar*.part")):
+            if part == spared:
+                continue
             with suppress(FileNotFoundError, BlockingIOError), part.open("rb") as stream:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                part.unlink()
+                fcntl.flock(stream, (fcntl.LOCK_SH if dry_run else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+                status = os.fstat(stream.fileno())
+                began = datetime.fromtimestamp(status.st_mtime, UTC)
+                found.append(Leftover(part.name[1 : -len(".part")], status.st_size, began))
+                if not dry_run:
+                    part.with_name(f"{part.name}.plan").unlink(missing_ok=True)
+                    part.unlink()
+        return tuple(found)
+
+    def _refuse_to_replace(self, name: str) -> None:
+        if os.path.lexists(self.directory / name):
+            raise _taken(join(self, name))
+
+    @contextmanager
+    def _reading(self, path: Path) -> Iterator[None]:
+        try:
+            yield
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise not_found(str(path)) from None
+        except PermissionError:
+            raise SourceFailed(
+                f"{path} cannot be read: permission denied",
+                code="archive-not-readable",
+                hint="run zops as the user who owns the store",
+            ) from None
+        except OSError as error:
+            raise SourceFailed(
+                f"{path} cannot be read: {error.strerror}", code="store-failed", hint="look at the disk or the mount"
+            ) from None
+
+
+def cut_off(location: str, size: int) -> SourceFailed:
+    """Build the error for an archive that ends where more of it was asked for."""
+    return SourceFailed(
+        f"{location} ends at {size} bytes, before what was asked for", code="store-failed", hint="has it been replaced?"
+    )
+
+
+def _taken(location: str) -> SourceFailed:
+    return SourceFailed(
+        f"{location} exists already and is not replaced", code="archive-exists", hint="run the backup again"
+    )
 
 
 __all__ = [
     "ArchiveInfo",
     "DirectoryStore",
+    "Leftover",
     "Store",
     "StoredArchive",
     "Writer",

@@ -1,13 +1,17 @@
 """The tar inside an archive as a stream that counts, and that knows its end from being cut off."""
 
 import hashlib
-import zlib
-from collections.abc import Iterable, Iterator
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Full, Queue
 from typing import BinaryIO
 
 from zops.archive.frames import ZSTD_MAGIC
 from zops.archive.tar import BLOCK, Member, padding, read_member
 from zops.errors import ArchiveDamaged
+
+Bytes = bytes | memoryview
 
 READ = 1 << 20
 GZIP_MAGIC = b"\x1f\x8b"
@@ -15,6 +19,7 @@ GZIP_MAGIC = b"\x1f\x8b"
 _WINDOW_LIMIT = 128 << 20
 # tar pads its last record with zeros: 10 KiB by default, and no blocking factor in use comes near this.
 _TAIL_LIMIT = 16 << 20
+_AHEAD = 4
 
 
 class TarStream:
@@ -25,7 +30,7 @@ class TarStream:
         structure: running SHA-256 of all that was read and is no member's data.
     """
 
-    def __init__(self, pieces: Iterable[bytes]) -> None:
+    def __init__(self, pieces: Iterable[Bytes]) -> None:
         self.position = 0
         self.structure = hashlib.sha256()
         self._pieces = iter(pieces)
@@ -61,9 +66,21 @@ class TarStream:
                 raise ArchiveDamaged(f"the archive ends within {member.name!r}: it is cut", member=member.name)
             left -= len(block)
             yield block
-        self.structure.update(
-            self._exactly(padding(member.size), f"the archive ends behind {member.name!r}: it is cut")
-        )
+        self._pad(member)
+
+    def pass_over(self, member: Member, pieces: Callable[[int], Iterable[Bytes]]) -> None:
+        """Go on behind the data of the member whose header was just read, which somebody else reads.
+
+        Args:
+            member: what was returned last.
+            pieces: returns the bytes of the tar from a place on.
+
+        Raises:
+            ArchiveDamaged: when the tar ends before that.
+        """
+        self.position += member.size
+        self._rest, self._pieces = memoryview(b""), iter(pieces(self.position))
+        self._pad(member)
 
     def finish(self) -> None:
         """Read to the end, where only zeros may be left: the second block of the end, and padding.
@@ -77,6 +94,11 @@ class TarStream:
             tail += len(block)
             if any(block) or tail > _TAIL_LIMIT:
                 raise ArchiveDamaged("something follows the end of the archive")
+
+    def _pad(self, member: Member) -> None:
+        self.structure.update(
+            self._exactly(padding(member.size), f"the archive ends behind {member.name!r}: it is cut")
+        )
 
     def _exactly(self, size: int, failure: str) -> bytes:
         parts = []
@@ -123,11 +145,50 @@ def decompressed(stream: BinaryIO) -> Iterator[bytes]:
     return read_pieces(stream)
 
 
+@contextmanager
+def ahead(pieces: Iterator[bytes]) -> Iterator[Iterator[bytes]]:
+    """Give the same pieces, made in a thread of their own, a few ahead of who takes them."""
+    ready: Queue[bytes | BaseException | None] = Queue(_AHEAD)
+    ended = threading.Event()
+
+    def put(item: bytes | BaseException | None) -> None:
+        while not ended.is_set():
+            with suppress(Full):
+                ready.put(item, timeout=0.1)
+                return
+
+    def make() -> None:
+        try:
+            for piece in pieces:
+                put(piece)
+                if ended.is_set():
+                    return
+            put(None)
+        except BaseException as error:  # noqa: BLE001 - carried to the thread that takes the pieces, which raises it
+            put(error)
+
+    def take() -> Iterator[bytes]:
+        while (item := ready.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+    thread = threading.Thread(target=make, name="zops-ahead", daemon=True)
+    thread.start()
+    try:
+        yield take()
+    finally:
+        ended.set()
+        thread.join()
+
+
 class _GzipMember:
     """One member of a gzip file (RFC 1952), checked by its CRC."""
 
     def __init__(self) -> None:
-        self._codec = zlib.decompressobj(wbits=31)
+        from isal import isal_zlib  # noqa: PLC0415 - only who reads gzip pays for it
+
+        self._codec = isal_zlib.decompressobj(wbits=31)
 
     def feed(self, data: bytes) -> bytes:
         """Return at most `READ` bytes of content; what was not used is fed again."""
@@ -172,6 +233,7 @@ class _ZstdFrame:
 def _members(stream: BinaryIO, new: type[_GzipMember] | type[_ZstdFrame], what: str) -> Iterator[bytes]:
     """Decompress the members or frames of a file one after the other; each must be whole."""
     import zstandard  # noqa: PLC0415 - as above
+    from isal.igzip_lib import IsalError  # noqa: PLC0415 - as above
 
     codec: _GzipMember | _ZstdFrame | None = None
     data = b""
@@ -188,7 +250,7 @@ def _members(stream: BinaryIO, new: type[_GzipMember] | type[_ZstdFrame], what: 
                 data, codec = codec.rest, None
             if content:
                 yield content
-    except (zlib.error, zstandard.ZstdError) as error:
+    except (IsalError, EOFError, zstandard.ZstdError) as error:  # type: ignore[misc] # isal's stubs call the class an instance
         raise ArchiveDamaged(f"the {what} data of the archive is damaged ({error})") from None
     if codec is not None:
         raise ArchiveDamaged(f"the {what} data of the archive ends too early: it is cut")

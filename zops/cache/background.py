@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 
-from zops.cache.hashing import Stopped
+from zops.cache.lanes import Stopped
 from zops.cache.reading import CHUNK
 
 # ioprio_set(2) has no wrapper in the C library; the numbers are the kernel's, by architecture.

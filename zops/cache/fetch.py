@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING
 
 from zops.cache import ranges
 from zops.cache.arrival import accept
-from zops.cache.hashing import Hashed, Stopped
+from zops.cache.hashing import Hashed
 from zops.cache.hubs import Advance, HubFailure, Listed, RangesIgnored, Span, Take
+from zops.cache.lanes import Stopped
 from zops.errors import SourceFailed, ZopsError
 from zops.events import Finished, Progressed, Report, Started, Task, Warned, task
 

@@ -1,21 +1,17 @@
 """Digests of many large files with all cores, in little memory, at the speed of the hash or of the disk.
 
-One file's SHA-256 is sequential, so the cores share files, slice by slice: always the one of which most is left. They
-end together, whatever the sizes. Each core has a thread that hashes, and one that reads ahead for it.
+One file's SHA-256 is sequential, so the cores share files, slice by slice.
 """
 
 import hashlib
-import heapq
 import os
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from pathlib import Path
-from queue import SimpleQueue
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-from zops.cache.reading import CHUNK, OpenFile, new_buffer
+from zops.cache.lanes import run_jobs
+from zops.cache.reading import CHUNK, OpenFile
 from zops.events import Report, task
 
 Algorithm = Literal["sha256", "blake3"]
@@ -25,15 +21,9 @@ Hashed = tuple[str, Stat]
 
 # hashlib releases the GIL for blocks of this size; more per call gains nothing measurable.
 BLOCK = 1 << 20
-# Buffers of `CHUNK` for each core: one is hashed, one is full, one is being filled.
-BUFFERS = 3
 # Slices that each core gets: the last one ends no later than the others by about one in so many parts.
 SLICES = 64
 SLICE_BYTES = 2 * CHUNK
-
-
-class Stopped(BaseException):
-    """Raised inside a worker thread that was told to end early; no error, hence no Exception."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,31 +80,9 @@ def digest_files(
     cores = min(len(os.sched_getaffinity(0)), len(jobs))
     total = sum(job.left for job in jobs)
     slice_bytes = max(SLICE_BYTES, total // (max(1, cores) * SLICES) // CHUNK * CHUNK)
-    schedule = _Schedule(jobs, slice_bytes, workers=cores)
-    try:
-        with task(report, "hash", text, total=total) as counter:
-            works = [work for worker in range(cores) for work in _pair(schedule, worker, counter.advance)]
-            _run_all(works, schedule)
-    finally:
-        for job in jobs:
-            job.close()
+    with task(report, "hash", text, total=total) as counter:
+        run_jobs(jobs, counter.advance, lanes=cores, slice_bytes=slice_bytes)
     return {key: job.result for key, job in zip(paths, jobs, strict=True)}
-
-
-def _run_all(works: Sequence[Callable[[], None]], schedule: "_Schedule") -> None:
-    """Run each in a thread; when one raises or the caller is interrupted, end them all and raise that."""
-    if not works:
-        return
-    pool = ThreadPoolExecutor(len(works), thread_name_prefix="hash")
-    try:
-        futures = [pool.submit(work) for work in works]
-        wait(futures, return_when=FIRST_EXCEPTION)
-    finally:
-        schedule.end()
-        pool.shutdown()
-    for error in sorted((each.exception() for each in futures), key=lambda error: isinstance(error, Stopped)):
-        if error is not None:
-            raise error
 
 
 @dataclass(slots=True, eq=False)
@@ -156,10 +124,11 @@ class _Job:
             self.fail(error)
             return buffer[:0]
 
-    def update(self, views: Iterable[memoryview]) -> None:
-        """Hash the next bytes."""
+    def use(self, buffer: memoryview, part: range, content: memoryview | None) -> None:
+        """Hash the next bytes, in place where the page cache has them."""
         try:
-            for view in views:
+            cached = self.file.from_cache(buffer, part.start, part.stop) if self.file and content is None else ()
+            for view in cached if content is None else (content,):
                 for value in self.hashes.values():
                     value.update(view)
         except OSError as error:
@@ -180,114 +149,6 @@ class _Job:
         if self.error is not None:
             return self.error
         return Digests(self.stat, {algorithm: value.hexdigest() for algorithm, value in self.hashes.items()})
-
-
-class _Schedule:
-    """Hands out files, always the one of which most is left, and none to two workers at once.
-
-    A worker reads ahead, so it may hold several; but never one that another worker stands idle for.
-    """
-
-    def __init__(self, jobs: Sequence[_Job], slice_bytes: int, *, workers: int) -> None:
-        self.slice_bytes = slice_bytes
-        self.ended = False
-        self._changed = threading.Condition()
-        self._held = [0] * workers
-        self._order = {job: number for number, job in enumerate(jobs)}
-        self._idle = [(-job.left, number, job) for job, number in self._order.items()]
-        heapq.heapify(self._idle)
-
-    def take(self, worker: int) -> _Job | None:
-        """Return the file to go on with, waiting while others hold or need all; None when nothing is left."""
-        with self._changed:
-            while not self.ended and (self._idle or any(self._held)) and not self._may_take(worker):
-                self._changed.wait()
-            if self.ended or not self._idle:
-                return None
-            self._held[worker] += 1
-            self._changed.notify_all()
-            return heapq.heappop(self._idle)[-1]
-
-    def _may_take(self, worker: int) -> bool:
-        idle_workers = self._held.count(0)
-        return len(self._idle) > (idle_workers if self._held[worker] else 0)
-
-    def give_back(self, job: _Job, worker: int) -> None:
-        """Let others go on with a file."""
-        with self._changed:
-            self._held[worker] -= 1
-            if not job.left:
-                job.close()
-            else:
-                heapq.heappush(self._idle, (-job.left, self._order[job], job))
-            self._changed.notify_all()
-
-    def end(self) -> None:
-        """Hand out nothing more, whatever is left."""
-        with self._changed:
-            self.ended = True
-            self._changed.notify_all()
-
-
-class _Piece(NamedTuple):
-    """What a reader hands to its hasher: bytes of a file or, without `content`, a range to take from the page cache."""
-
-    job: _Job
-    part: range
-    last: bool
-    buffer: memoryview
-    content: memoryview | None
-
-    def views(self) -> Iterable[memoryview]:
-        """Return the bytes, view by view."""
-        if self.content is not None or self.job.file is None:
-            return (self.content,) if self.content else ()
-        return self.job.file.from_cache(self.buffer, self.part.start, self.part.stop)
-
-
-_Buffers = SimpleQueue[memoryview | None]
-_Pieces = SimpleQueue[_Piece | None]
-
-
-def _pair(
-    schedule: _Schedule, worker: int, advance: Callable[[int], None]
-) -> tuple[Callable[[], None], Callable[[], None]]:
-    """Return the work of two threads: one that reads ahead, and one that hashes what it brings."""
-    free: _Buffers = SimpleQueue()
-    filled: _Pieces = SimpleQueue()
-    for _ in range(BUFFERS):
-        free.put(new_buffer())
-    return lambda: _read(schedule, worker, free, filled), lambda: _hash(schedule, worker, free, filled, advance)
-
-
-def _read(schedule: _Schedule, worker: int, free: _Buffers, filled: _Pieces) -> None:
-    try:
-        while job := schedule.take(worker):
-            part, cached = job.next_slice(schedule.slice_bytes)
-            step = max(1, len(part)) if cached else CHUNK
-            for start in range(part.start, max(part.stop, part.start + 1), step):
-                piece = range(start, min(start + step, part.stop))
-                buffer = free.get()
-                if buffer is None:
-                    return
-                content = None if cached else job.read(buffer, piece)
-                filled.put(_Piece(job, piece, piece.stop == part.stop, buffer, content))
-    finally:
-        filled.put(None)
-
-
-def _hash(schedule: _Schedule, worker: int, free: _Buffers, filled: _Pieces, advance: Callable[[int], None]) -> None:
-    try:
-        while piece := filled.get():
-            if schedule.ended:
-                raise Stopped
-            piece.job.update(piece.views())
-            advance(len(piece.part))
-            if piece.last:
-                schedule.give_back(piece.job, worker)
-            free.put(piece.buffer)
-    finally:
-        free.put(None)
 
 
 def _size(path: Path) -> int:

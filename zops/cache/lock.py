@@ -41,20 +41,28 @@ class Holder:
 
 
 @contextmanager
-def hold(path: Path, report: Report, *, timeout_s: float = TIMEOUT_S) -> Iterator[None]:
+def hold(path: Path, report: Report, *, timeout_s: float = TIMEOUT_S, shared: bool = False) -> Iterator[None]:
     """Hold the lock in the file `path` (made when missing, removed afterwards), waiting for another holder to end.
+
+    Args:
+        path: of the lock file.
+        report: is told whom it waits for.
+        timeout_s: how long to wait, in seconds.
+        shared: hold it beside others who only read as well; who writes waits for all of them.
 
     Raises:
         LockHeld: when another process holds it longer than `timeout_s`, naming that process.
         HostShort: when the directory of the lock cannot be written.
     """
-    descriptor = _acquire(path, report, timeout_s)
+    operation = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    descriptor = _acquire(path, report, timeout_s, operation)
     try:
         yield
     finally:
-        # Removed while held: whoever waits on this inode sees that the name has gone and starts over.
+        # Removed while held alone: whoever waits on this inode sees that the name has gone and starts over.
         with suppress(OSError):
-            path.unlink()
+            if _try_lock(descriptor, fcntl.LOCK_EX) and _is_current(descriptor, path):
+                path.unlink()
         os.close(descriptor)
 
 
@@ -66,13 +74,13 @@ def read_holder(path: Path) -> Holder | None:
         return None
 
 
-def _acquire(path: Path, report: Report, timeout_s: float) -> int:
+def _acquire(path: Path, report: Report, timeout_s: float, operation: int = fcntl.LOCK_EX) -> int:
     deadline = time.monotonic() + timeout_s
     told = False
     while True:
         descriptor = _open(path)
         try:
-            if _try_lock(descriptor) and _is_current(descriptor, path):
+            if _try_lock(descriptor, operation) and _is_current(descriptor, path):
                 _sign(descriptor)
                 return descriptor
         except BaseException:
@@ -113,9 +121,9 @@ def _open(path: Path) -> int:
     )
 
 
-def _try_lock(descriptor: int) -> bool:
+def _try_lock(descriptor: int, operation: int = fcntl.LOCK_EX) -> bool:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

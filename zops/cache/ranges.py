@@ -51,7 +51,7 @@ class Partial:
             self.discard()
         self._target.parent.mkdir(parents=True, exist_ok=True)
         self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, 0o644)
-        _reserve(self._descriptor, self._file.size)
+        reserve(self._descriptor, self._file.size)
         return list(_split(_gaps(self._done, self._file.size)))
 
     @property
@@ -109,8 +109,8 @@ class Partial:
         return []
 
 
-def _reserve(descriptor: int, size: int) -> None:
-    """Take the room now, where that costs nothing: a full disk shows before the bytes are fetched."""
+def reserve(descriptor: int, size: int) -> None:
+    """Make a file that long and take the room for it now, where that costs nothing: a full disk shows beforehand."""
     if os.fstat(descriptor).st_size != size:
         os.ftruncate(descriptor, size)
     try:

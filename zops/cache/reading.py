@@ -31,13 +31,13 @@ BLOCK = 256 << 10
 _POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python 3.11 does not name it
 
 
-def new_buffer() -> memoryview:
-    """Return `CHUNK` bytes on a border of huge pages and, where the kernel has some, in huge pages."""
-    area = mmap.mmap(-1, CHUNK + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def new_buffer(size: int = CHUNK) -> memoryview:
+    """Return `size` bytes on a border of huge pages and, where the kernel has some, in huge pages."""
+    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         area.madvise(mmap.MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % HUGE_PAGE
-    return memoryview(area)[start : start + CHUNK]
+    return memoryview(area)[start : start + size]
 
 
 class OpenFile:
@@ -80,23 +80,62 @@ class OpenFile:
         Returns:
             How many there were; fewer than `count` when the file was cut since it was opened.
         """
+        got = self._past_cache(buffer, start, count)
+        return self._read_fully(buffer, start, count) if got is None else got
+
+    def _past_cache(self, buffer: memoryview, start: int, count: int) -> int | None:
+        """Read by O_DIRECT; None where the file system cannot."""
         self._set_direct(wanted=True)
+        if not self._direct:
+            return None
+        try:
+            return self._read_fully(buffer, start, count)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            self._set_direct(wanted=False)
+            self._refused = True
+            return None
+
+    def _read_fully(self, buffer: memoryview, start: int, count: int) -> int:
         done = 0
-        while done < count:
-            # O_DIRECT wants whole blocks; at the end of the file there are just fewer bytes in the last one.
-            end = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE if self._direct else count
-            try:
-                got = os.preadv(self._descriptor, [buffer[done:end]], start + done)
-            except OSError as error:
-                if error.errno != errno.EINVAL or not self._direct:
-                    raise
-                self._set_direct(wanted=False)
-                self._refused = True
-                continue
-            if not got:
-                break
+        # O_DIRECT wants whole blocks; at the end of the file there are just fewer bytes in the last one.
+        end = -(-count // mmap.PAGESIZE) * mmap.PAGESIZE if self._direct else count
+        while done < count and (got := os.preadv(self._descriptor, [buffer[done:end]], start + done)):
             done += got
         return min(done, count)
+
+    def _cold_ranges(self, start: int, stop: int) -> Iterator[range]:
+        """Yield what of a range is not in the page cache, in whole pages; `start` is a multiple of theirs."""
+        pages = -(-(stop - start) // mmap.PAGESIZE)
+        resident = resident_pages(self._descriptor, start, stop - start)
+        if not resident:
+            yield range(start, stop)
+        elif resident < pages:
+            middle = start + pages // 2 * mmap.PAGESIZE
+            yield from self._cold_ranges(start, middle)
+            yield from self._cold_ranges(middle, stop)
+
+    def unobtrusively(self, buffer: memoryview, start: int, count: int) -> int:
+        """Fill a buffer as `from_disk` does, and leave in the page cache what is in it, and nothing more.
+
+        What is there already comes from there. Where the file system cannot read past the page cache, only the pages
+        that were not there before are dropped from it.
+        """
+        if resident_pages(self._descriptor, start, count) < -(-count // mmap.PAGESIZE):
+            got = self._past_cache(buffer, start, count)
+            if got is not None:
+                return got
+            cold = list(self._cold_ranges(start, start + count))
+        else:
+            cold = []
+        self._set_direct(wanted=False)
+        # No read-ahead: it would bring in what nobody asked for.
+        os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+        got = self._read_fully(buffer, start, count)
+        for part in cold:
+            os.posix_fadvise(self._descriptor, part.start, len(part), os.POSIX_FADV_DONTNEED)
+        return got
 
     def from_cache(self, buffer: memoryview, start: int, stop: int) -> Iterator[memoryview]:
         """Yield a range through the page cache, in place where that is safe; a view is good until the next one."""

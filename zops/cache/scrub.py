@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from zops.cache import textfile
 from zops.cache.background import Pace, stand_back
 from zops.cache.hashing import Digests, Stat, new_digest
 from zops.cache.lock import TIMEOUT_S, hold
@@ -24,11 +25,10 @@ from zops.cache.manifest import (
     read_marker,
     sidecar,
     write_marker,
-    write_text,
 )
 from zops.cache.reading import OpenFile, new_buffer
-from zops.cache.room import shortage_told
 from zops.cache.scrubbed import Record, Result, Seen, is_writable, look, read_record, write_record
+from zops.cache.textfile import Metric, render
 from zops.cache.verify import complete, judge, require_manifest
 from zops.events import Report, Task, Warned, task
 
@@ -250,34 +250,27 @@ def write_metrics(path: Path, scrub: Scrub) -> None:
     Raises:
         HostShort: when the file cannot be written.
     """
-    with shortage_told():
-        write_text(path, metrics(scrub))
-        path.chmod(0o644)
+    textfile.write_metrics(path, metrics(scrub))
 
 
 def metrics(scrub: Scrub) -> str:
     """Return the outcome of a run in Prometheus' text format."""
-    labels = ",".join(
-        f'{name}="{_escaped(value)}"'
-        for name, value in (
-            ("model", scrub.manifest.model), ("revision", scrub.manifest.revision), ("path", str(scrub.path))
-        )
-    )  # fmt: skip
-    values: tuple[tuple[str, str, float], ...] = (
-        ("ok", "1 when the last scrub found nothing wrong, 0 when it did or none has ended yet.", scrub.result == "ok"),
-        ("bad_files", "Files that were found wrong in this round.", len(scrub.bad)),
-        ("left_files", "Files that this round has not read yet.", scrub.left_files),
-        ("scrubbed_timestamp_seconds", "When the last round ended or a bad file was found.", scrub.scrubbed_at or 0),
-        ("run_timestamp_seconds", "When the last run ended.", time.time()),
-        ("run_duration_seconds", "How long the last run took.", scrub.seconds),
-        ("run_bytes", "What the last run read.", scrub.read_bytes),
-    )
-    return "".join(
-        f"# HELP zops_cache_scrub_{name} {text}\n# TYPE zops_cache_scrub_{name} gauge\n"
-        f"zops_cache_scrub_{name}{{{labels}}} {float(value):.15g}\n"
-        for name, text, value in values
-    )
+    return render("zops_cache_scrub_", (_labels(scrub), _metrics(scrub)))
 
 
-def _escaped(value: str) -> str:
-    return value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
+def _labels(scrub: Scrub) -> dict[str, str]:
+    return {"model": scrub.manifest.model, "revision": scrub.manifest.revision, "path": str(scrub.path)}
+
+
+def _metrics(scrub: Scrub) -> list[Metric]:
+    ok = "1 when the last scrub found nothing wrong, 0 when it did or none has ended yet."
+    ended = "When the last round ended or a bad file was found."
+    return [
+        Metric("ok", ok, scrub.result == "ok"),
+        Metric("bad_files", "Files that were found wrong in this round.", len(scrub.bad)),
+        Metric("left_files", "Files that this round has not read yet.", scrub.left_files),
+        Metric("scrubbed_timestamp_seconds", ended, scrub.scrubbed_at or 0),
+        Metric("run_timestamp_seconds", "When the last run ended.", time.time()),
+        Metric("run_duration_seconds", "How long the last run took.", scrub.seconds),
+        Metric("run_bytes", "What the last run read.", scrub.read_bytes),
+    ]

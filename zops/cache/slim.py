@@ -20,8 +20,8 @@ from typing import Any
 
 from zops.cache.cast import Recast, recast
 from zops.cache.derive import Derived, derive_file
-from zops.cache.hashing import Stopped
 from zops.cache.incoming import Incoming, is_unfinished, prune_empty
+from zops.cache.lanes import Stopped
 from zops.cache.layout import place
 from zops.cache.lock import TIMEOUT_S, hold
 from zops.cache.manifest import (

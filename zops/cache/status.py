@@ -16,8 +16,22 @@ from zops.cache.source import walk
 from zops.cache.warm import Residency, residency
 from zops.errors import SnapshotDamaged
 
-LastBackup = Callable[[Manifest], datetime | None]
-"""When the snapshot of a manifest was last backed up."""
+
+@dataclass(frozen=True, slots=True)
+class BackedUp:
+    """The youngest archive of a snapshot, and the last time that one of its archives was restored to prove it."""
+
+    at: datetime
+    archive: str
+    size_bytes: int
+    seconds: float | None = None
+    """How long it took to make; None when nobody noted it."""
+    drilled_at: datetime | None = None
+    drill_ok: bool | None = None
+
+
+LastBackup = Callable[[Manifest], BackedUp | None]
+"""How the snapshot of a manifest was last backed up."""
 
 State = Literal["verified", "unverified", "incomplete", "damaged"]
 
@@ -46,8 +60,8 @@ class SnapshotStatus:
     """The digest of that one's manifest."""
     used_by: tuple[str, ...] | None = None
     """The instances that have it mounted or serve it; None when nobody could be asked."""
-    last_backup: datetime | None = None
-    """When its newest archive was made; None when there is none or the store could not be asked."""
+    last_backup: BackedUp | None = None
+    """Its newest archive; None when there is none or the store could not be asked."""
 
     def as_json(self) -> dict[str, Any]:
         """Return the JSON object documented in docs/reference/json.md."""
@@ -70,7 +84,18 @@ class SnapshotStatus:
             "slim_of": self.slim_of,
             "parent": self.parent,
             "used_by": None if self.used_by is None else list(self.used_by),
-            "last_backup": self.last_backup.isoformat() if self.last_backup else None,
+            "last_backup": self.last_backup.at.isoformat() if self.last_backup else None,
+            **self._backup_as_json(),
+        }
+
+    def _backup_as_json(self) -> dict[str, Any]:
+        backup = self.last_backup
+        return {
+            "last_backup_archive": backup.archive if backup else None,
+            "last_backup_bytes": backup.size_bytes if backup else None,
+            "last_backup_seconds": backup.seconds if backup else None,
+            "last_drill": backup.drilled_at.isoformat() if backup and backup.drilled_at else None,
+            "last_drill_ok": backup.drill_ok if backup else None,
         }
 
 

@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from zops.cli.archive import backup, restore
+from zops.cli.archive import restore
+from zops.cli.backup import backup, drill, read_keys
 from zops.cli.options import Loaded, with_spec
 from zops.cli.output import Output, duration, size
 from zops.cli.scrub import scrub
@@ -227,13 +228,14 @@ def status(*, every: bool, loaded: Loaded, out: Output) -> None:
     )
     columns = (
         "MODEL", "REVISION", "LAYOUT", "STATE", "SIZE", "TYPES", "IN MEMORY", "VERIFIED", "SCRUBBED", "BACKED UP",
-        "USED BY", "PATH",
+        "DRILLED", "USED BY", "PATH",
     )  # fmt: skip
     empty = f"no snapshot in {loaded.spec.cache.dir}; fetch one with: zops cache pull"
     out.table(columns, [_status_row(each) for each in found], [each.as_json() for each in found], empty=empty)
 
 
 cache.add_command(backup)
+cache.add_command(drill)
 cache.add_command(restore)
 cache.add_command(slim)
 cache.add_command(prune)
@@ -260,8 +262,8 @@ def _spring(archive: str | None, loaded: Loaded) -> "Spring | None":
     spec = loaded.spec
     named = archive or (spec.source.path if spec.source.kind == "archive" else None)
     if named:
-        return spring_of_archive(named)
-    return spring_of_store(spec.backup.to, spec.model) if spec.backup.to else None
+        return spring_of_archive(named, read_keys(spec))
+    return spring_of_store(spec.backup.to, spec.model, read_keys(spec)) if spec.backup.to else None
 
 
 def _verification_json(result: "Verification", fetched: tuple[str, ...]) -> dict[str, object]:
@@ -298,13 +300,19 @@ def _short(revision: str) -> str:
 def _status_row(each: "SnapshotStatus") -> tuple[str, ...]:
     verified = _moment(each.verified_at)
     scrubbed = _moment(each.scrubbed_at) + (" damaged" if each.scrub_result == "damaged" else "")
-    backed_up = each.last_backup.astimezone().strftime("%Y-%m-%d %H:%M") if each.last_backup else "-"
+    backup = each.last_backup
+    backed_up = f"{backup.at.astimezone():%Y-%m-%d %H:%M}" if backup else "-"
+    drills = {
+        None: "never",
+        True: f"{backup.drilled_at.astimezone():%Y-%m-%d}" if backup and backup.drilled_at else "-",
+    }
+    drilled = drills.get(backup.drill_ok, "damaged") if backup else "-"
     used_by = "?" if each.used_by is None else ", ".join(each.used_by) or "-"
     types = ", ".join(f"{component} {'/'.join(dtypes)}" for component, dtypes in each.dtypes.items())
     snapshot = each.snapshot
     return (
         snapshot.model or "?", _short(snapshot.revision), snapshot.layout, each.state, size(each.size_bytes), types,
-        f"{each.residency.share:.0%}", verified, scrubbed, backed_up, used_by, str(snapshot.path),
+        f"{each.residency.share:.0%}", verified, scrubbed, backed_up, drilled, used_by, str(snapshot.path),
     )  # fmt: skip
 
 

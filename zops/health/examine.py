@@ -6,6 +6,7 @@ from urllib.parse import urlsplit
 from zops.catalog import lookup
 from zops.errors import ZopsError
 from zops.events import Report, silent
+from zops.health.backups import BACKUP_CHECKS
 from zops.health.needs import needs
 from zops.host.capacity import Capacity, judge_capacity
 from zops.host.checks import CHECKS
@@ -46,7 +47,7 @@ def examine_host(
         senses=senses or Senses(),
         readable=_reader(loaded.spec),
     )
-    return diagnose(context, CHECKS, only=only, report=report)
+    return diagnose(context, (*CHECKS, *BACKUP_CHECKS), only=only, report=report)
 
 
 def require_gpu_room(loaded: Loaded, senses: Senses | None = None) -> None:

@@ -2,7 +2,9 @@
 
 from pathlib import Path
 
+from zops.archive.encryption import read_keys
 from zops.archive.restore import restore
+from zops.archive.store import open_archive
 from zops.cache.pull import pull
 from zops.cache.verify import verify
 from zops.cache.warm import warm
@@ -23,7 +25,8 @@ class Hands:
 
     def restore(self, archive: str, spec: Spec, report: Report) -> str:
         """Bring the snapshot from an archive into the cache, verified."""
-        result = restore(archive, spec.cache.dir, model=spec.model, report=report)
+        keys = read_keys(spec.backup.identities, spec.backup.passphrase_file)
+        result = restore(open_archive(archive, keys), spec.cache.dir, model=spec.model, report=report)
         return f"restored {result.files} files from {archive}"
 
     def verify(self, snapshot: Path, report: Report) -> str:

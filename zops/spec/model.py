@@ -124,11 +124,56 @@ class Resources(_Section):
     log_files: int = Field(5, ge=1, le=100, description="rotated log files that are kept")
 
 
+_KEEP = re.compile(r"(last|daily|weekly|monthly|yearly)=([0-9]{1,5})")
+
+
 class Backup(_Section):
     """Where `zops cache backup` puts archives and `zops provision` looks for one."""
 
-    to: str | None = Field(None, description="a directory, or s3://bucket/prefix")
-    compression: Literal["zstd", "none"] = Field("zstd", description="none: a plain tar, larger and faster")
+    to: str | None = Field(
+        None, description="a directory, or s3://bucket/prefix[?endpoint=URL&region=NAME&style=path|virtual]"
+    )
+    compression: Literal["zstd", "gzip", "none"] = Field(
+        "zstd", description="none: a plain tar, larger and faster; gzip: for hosts without zstd"
+    )
+    incremental: bool = Field(default=False, description="store only what the newest archive does not have")
+    encrypt_to: tuple[str, ...] = Field(
+        (), description="who may read archives: age1... and ssh-... keys, or files of them"
+    )
+    passphrase_file: Path | None = Field(
+        None, description="file whose first line encrypts and decrypts archives, instead of keys"
+    )
+    identities: tuple[Path, ...] = Field((), description="files with the keys that decrypt archives")
+    keep: str | None = Field(
+        None, description="what stays after a backup, as last=7,daily=7,weekly=4,monthly=6; everything when empty"
+    )
+    max_age_days: float = Field(8, gt=0, le=3660, description="the doctor warns when the newest archive is older")
+
+    @field_validator("encrypt_to", "identities", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: object) -> object:
+        return (value,) if isinstance(value, str | Path) else value
+
+    @field_validator("passphrase_file")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value else None
+
+    @field_validator("keep")
+    @classmethod
+    def _keeps_something(cls, value: str | None) -> str | None:
+        if value is None:
+            return None
+        counts = [_KEEP.fullmatch(part.strip()) for part in value.split(",")]
+        if not all(counts) or not any(int(count[2]) for count in counts if count):
+            raise ValueError("must be as last=7,daily=7,weekly=4,monthly=6,yearly=1, at least one of them above 0")
+        return value
+
+    @model_validator(mode="after")
+    def _one_way_to_encrypt(self) -> "Backup":
+        if self.encrypt_to and self.passphrase_file:
+            raise ValueError("encrypt_to and passphrase_file exclude each other; remove one")
+        return self
 
 
 _GPU_NAME = re.compile(r"^(GPU|MIG)-[0-9A-Za-z-]+$")
@@ -218,4 +263,5 @@ def type_name(annotation: object) -> str:
     if origin in {typing.Union, types.UnionType}:
         return " | ".join(type_name(a) for a in typing.get_args(annotation) if a is not type(None))
     names: dict[object, str] = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
+    names |= {tuple[str, ...]: "list of text", tuple[Path, ...]: "list of paths"}
     return names.get(annotation, "size" if annotation is ByteSize else str(annotation))
