@@ -31,13 +31,13 @@ BLOCK = 256 << 10
 _POPULATE_READ = 22  # MADV_POPULATE_READ, since Linux 5.14; Python 3.11 does not name it
 
 
-def new_buffer() -> memoryview:
-    """Return `CHUNK` bytes on a border of huge pages and, where the kernel has some, in huge pages."""
-    area = mmap.mmap(-1, CHUNK + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def new_buffer(size: int = CHUNK) -> memoryview:
+    """Return `size` bytes on a border of huge pages and, where the kernel has some, in huge pages."""
+    area = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with suppress(OSError):
         area.madvise(mmap.MADV_HUGEPAGE)
     start = -ctypes.addressof(ctypes.c_char.from_buffer(area)) % HUGE_PAGE
-    return memoryview(area)[start : start + CHUNK]
+    return memoryview(area)[start : start + size]
 
 
 class OpenFile:
@@ -81,6 +81,14 @@ class OpenFile:
             How many there were; fewer than `count` when the file was cut since it was opened.
         """
         self._set_direct(wanted=True)
+        return self._read_into(buffer, start, count)
+
+    def copy_cached(self, buffer: memoryview, start: int, count: int) -> int:
+        """Fill a buffer through the page cache; otherwise as `from_disk`."""
+        self._set_direct(wanted=False)
+        return self._read_into(buffer, start, count)
+
+    def _read_into(self, buffer: memoryview, start: int, count: int) -> int:
         done = 0
         while done < count:
             # O_DIRECT wants whole blocks; at the end of the file there are just fewer bytes in the last one.
