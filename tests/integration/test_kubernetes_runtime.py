@@ -20,6 +20,7 @@ from zops.runtime import kubernetes
 from zops.runtime.base import drift
 from zops.runtime.kubernetes import KubernetesRuntime
 from zops.runtime.kubernetes_render import render
+from zops.spec.keys import add_key
 
 KEPT = {
     ("namespaces", "", "zops"),
@@ -335,3 +336,19 @@ def test_waiting_for_an_instance_that_ended_must_say_so_at_once(api, runtime, de
     set_status(api, phase="Failed", state={"terminated": {"exitCode": 4}}, started=False, ready=False)
     with pytest.raises(NotReady, match="exited with status 4"):
         wait_instance(runtime, deployment, silent)
+
+
+def test_keys_must_come_and_go_with_the_deployment_and_change_without_a_new_pod(api, runtime, tmp_path):
+    (tmp_path / "keys").mkdir()
+    file = tmp_path / "keys" / "keys.yaml"
+    add_key(file, "web")
+    wanted = kubernetes_deployment(serve={"api_keys": str(file)})
+    runtime.up(wanted, lambda _: None)
+    secret, place = ("secrets", "zops", "zops-keys"), ("deployments", "zops", "zops")
+    before, generation = api.objects[secret]["data"], api.objects[place]["metadata"]["generation"]
+    add_key(file, "shop")
+    runtime.up(wanted, lambda _: None)
+    assert api.objects[secret]["data"] != before
+    assert api.objects[place]["metadata"]["generation"] == generation
+    runtime.down("zops", lambda _: None)
+    assert secret not in api.objects

@@ -21,7 +21,8 @@ import kubernetes_validate
 
 VERSION = "v1.37.0"
 GROUPS = {
-    "v1": {"namespaces": "Namespace", "services": "Service", "pods": "Pod", "persistentvolumes": "PersistentVolume",
+    "v1": {"namespaces": "Namespace", "services": "Service", "secrets": "Secret", "pods": "Pod",
+           "persistentvolumes": "PersistentVolume",
            "persistentvolumeclaims": "PersistentVolumeClaim"},
     "apps/v1": {"deployments": "Deployment"},
     "policy/v1": {"poddisruptionbudgets": "PodDisruptionBudget"},

@@ -84,7 +84,7 @@ class Server:
 
     @property
     def worker_pid(self):
-        return self.state["worker"]["pid"]
+        return self.state["workers"][0]["pid"]
 
     def is_up(self):
         assert self.process.poll() is None, self.log.read_text()

@@ -8,12 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from zops.serving import app as app_module
+from tests.support.studio import ScriptedScheduler
+from zops.serving import body as body_module
+from zops.serving import studio as studio_module
 from zops.serving.access import AccessLog, set_up_log
 from zops.serving.app import Identity, create_app
 from zops.serving.metrics import Metrics
 from zops.serving.request import Limits
-from zops.serving.scheduler import Scheduler
 from zops.spec import Spec
 
 
@@ -32,8 +33,7 @@ def log():
 def serving(log):
     metrics = Metrics(model="m/m", revision="r", manifest_digest="d")
     limits = Limits.of(Spec())
-    scheduler = Scheduler(lambda: pytest.fail("no worker is needed"), limits, metrics)
-    app = create_app(scheduler, limits, Identity("m/m", "r", "d", Path("/")), metrics)
+    app = create_app(ScriptedScheduler(facts=None), limits, Identity("m/m", "r", "d", Path("/")), metrics)
     return AccessLog(app, set_up_log(as_json=True, stream=log))
 
 
@@ -77,7 +77,7 @@ def test_a_bug_must_give_the_envelope_and_keep_its_traceback(serving, monkeypatc
     def broken(*_args):
         raise KeyError("sesame")
 
-    monkeypatch.setattr(app_module, "parse", broken)
+    monkeypatch.setattr(studio_module, "parse", broken)
     status, headers, body, raised = call(serving, "POST", "/v1/images/generations")
     assert (status, body["error"]["code"], body["error"]["type"]) == (500, "internal_error", "server_error")
     assert "sesame" not in json.dumps(body)
@@ -86,7 +86,7 @@ def test_a_bug_must_give_the_envelope_and_keep_its_traceback(serving, monkeypatc
 
 
 def test_a_body_that_does_not_arrive_must_be_given_up(serving, monkeypatch):
-    monkeypatch.setattr(app_module, "BODY_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(body_module, "BODY_TIMEOUT_S", 0.05)
     start = {"type": "http.request", "body": b"{", "more_body": True}
     status, _, body, _ = call(serving, "POST", "/v1/images/generations", start)
     assert (status, body["error"]["code"]) == (408, "body_too_slow")

@@ -30,6 +30,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "cache": ("zops.cli.cache", "cache", "Pull, verify, scrub, warm, back up and restore snapshots."),
     "image": ("zops.cli.image", "image", "Build the container image."),
     "model": ("zops.cli.model", "model", "List the models that zops knows, or make a synthetic one."),
+    "key": ("zops.cli.key", "key", "Make, list and remove the API keys of a server."),
     "serve": ("zops.cli.serve", "serve", "Serve a snapshot over HTTP (what runs inside an instance)."),
 }
 
@@ -71,8 +72,14 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line and exit with the documented status."""
-    signal.signal(signal.SIGTERM, _interrupt)
-    sys.exit(run(sys.argv[1:] if argv is None else argv))
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["serve"]:
+        # A server that is told to stop before it began has nothing to finish; later it takes the signals itself.
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, _leave)
+    else:
+        signal.signal(signal.SIGTERM, _interrupt)
+    sys.exit(run(argv))
 
 
 def run(argv: list[str]) -> int:
@@ -114,6 +121,10 @@ def _render(error: ZopsError | click.ClickException | click.exceptions.Exit, out
             return error.exit_code
         case click.exceptions.Exit():
             return error.exit_code
+
+
+def _leave(_signal: int, _frame: object) -> None:
+    sys.exit(0)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:

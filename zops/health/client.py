@@ -1,5 +1,8 @@
 """HTTP client of a running instance: alive, ready, what it serves, and images.
 
+An instance that wants an API key gets the one in the environment variable ZOPS_API_KEY: never an argument, which every
+user of the host could read, and never a file of ours, for secrets have better places.
+
 Whatever goes wrong on the way becomes a `ZopsError` that names the address and the command to go on with. Every answer
 is bounded in time and in bytes: the other side may hang, drip, or not be zops at all.
 """
@@ -7,6 +10,7 @@ is bounded in time and in bytes: the other side may hang, drip, or not be zops a
 import base64
 import binascii
 import json
+import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,6 +26,9 @@ MAX_ANSWER_BYTES = 512 << 20
 # How much of a stranger's answer is repeated to the operator.
 MAX_QUOTE = 200
 CONNECT_TIMEOUT_S = 3.0
+KEY_VARIABLE = "ZOPS_API_KEY"
+KEY_CODES = frozenset({"api-key-missing", "api-key-refused"})
+"""Codes of errors that say something of the caller and nothing of the instance."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,14 +63,19 @@ class Client:
     Args:
         url: address of the instance, for example http://127.0.0.1:8000.
         timeout_s: seconds that one request may take from its first byte to its last.
+        key: API key; the one in `ZOPS_API_KEY` by default, none when that is empty.
     """
 
-    def __init__(self, url: str, timeout_s: float = 120.0) -> None:
+    def __init__(self, url: str, timeout_s: float = 120.0, *, key: str | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError(f"{url!r} is no address of an instance", hint="for example --url http://127.0.0.1:8000")
         self.url = url.rstrip("/")
         self.timeout_s = timeout_s
+        self._key = (os.environ.get(KEY_VARIABLE, "") if key is None else key).strip()
+        if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
+            hint = f"put the very key that zops key new printed into {KEY_VARIABLE}"
+            raise UsageError(f"what {KEY_VARIABLE} holds is no API key", code="api-key-refused", hint=hint)
         self._pool = urllib3.PoolManager(retries=False, maxsize=1)
 
     def live(self) -> bool:
@@ -164,6 +176,8 @@ class Client:
         deadline = time.monotonic() + self.timeout_s
         timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, self.timeout_s), read=self.timeout_s)
         headers = {"Accept": "application/json", "User-Agent": "zops"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
         if body is not None:
             headers["Content-Type"] = "application/json"
         try:
@@ -220,10 +234,14 @@ class Client:
             text = said or (f"it is in phase {phase}" if phase else "it does not say why")
             hint = "wait for it with: zops health --wait; watch it with: zops logs"
             return NotReady(f"the instance at {self.url} is not ready: {text}", hint=hint, phase=phase, **facts)
+        if status == 401:
+            return self._unauthorized(said, facts)
         if envelope.get("type") == "invalid_request_error" or status in {400, 413, 422}:
             return UsageError(said or f"the instance refused the request with HTTP {status}", code="refused", **facts)
         if status == 429:
             hint = "try again later, or raise serve.max_queue"
+            if envelope.get("code") == "rate_limit_exceeded":
+                hint = "try again later, or give the key a higher limit in the file of serve.api_keys"
             return ZopsError(f"the instance at {self.url} is busy: {said}", code="instance-busy", hint=hint, **facts)
         text = said or "no reason given"
         return ZopsError(
@@ -232,6 +250,17 @@ class Client:
             hint="see why with: zops logs",
             **facts,
         )
+
+    def _unauthorized(self, said: str, facts: Mapping[str, Any]) -> UsageError:
+        hint = f"put a key into the environment variable {KEY_VARIABLE}; make one with: zops key new NAME --file FILE"
+        if self._key:
+            return UsageError(
+                f"the instance at {self.url} refuses the API key in {KEY_VARIABLE}: {said or 'no reason given'}",
+                code="api-key-refused",
+                hint=hint,
+                **facts,
+            )
+        return UsageError(f"the instance at {self.url} wants an API key", code="api-key-missing", hint=hint, **facts)
 
     def _stranger(self, text: str) -> ZopsError:
         hint = "check --url; see who listens with: zops doctor --only port"

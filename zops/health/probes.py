@@ -15,7 +15,7 @@ from typing import Any
 
 from zops.errors import ZopsError
 from zops.health.canary import SEED, paint
-from zops.health.client import Client
+from zops.health.client import KEY_CODES, Client
 from zops.health.verdict import Health, Probe
 from zops.runtime.base import Instance, Runtime
 
@@ -90,6 +90,9 @@ def check_instance(
             probe = layer(patient)
         except ZopsError as error:
             probe = _failed(layer.__name__.strip("_"), error.message, error.hint, code=error.code)
+            if error.code in KEY_CODES:
+                # It is our key that is wrong; an instance must not be replaced for that.
+                probe = replace(probe, verdict="degraded")
         probes.append(replace(probe, seconds=time.monotonic() - began))
         if probe.verdict == "failed":
             break

@@ -15,6 +15,8 @@ State = Literal["created", "running", "restarting", "paused", "exited", "dead"]
 # Where things are inside an instance, whatever the runtime; a process sees the host's own paths instead.
 CACHE_MOUNT = "/cache"
 COMPILE_MOUNT = "/compile-cache"
+# The directory of the API keys: a file that is replaced would stay the old one where only the file is mounted.
+KEYS_MOUNT = "/keys"
 SERVE_PORT = 8000
 # Docker's default of ten seconds would cut a running generation; the server drains within request_timeout_s.
 STOP_GRACE_S = 15.0
@@ -73,7 +75,9 @@ class Deployment:
         return body
 
 
-def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, host: str, port: int) -> dict[str, str]:
+def serve_environment(
+    deployment: Deployment, *, snapshot: str, cache_dir: str, host: str, port: int, keys_dir: Path | str | None = None
+) -> dict[str, str]:
     """Return the environment with which `zops serve` runs in any runtime.
 
     `zops serve` reads the same specification as every command; here it gets it as `ZOPS_*` variables. The hubs are
@@ -85,6 +89,7 @@ def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, 
         cache_dir: the cache's root as the instance sees it.
         host: address that the server binds inside the instance.
         port: port that it binds there.
+        keys_dir: directory of the file of API keys as the instance sees it; None where it sees the host's.
     """
     serve = deployment.spec.serve
     chosen = {
@@ -97,6 +102,8 @@ def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, 
         "ZOPS_SERVE_DTYPE": serve.dtype,
         "ZOPS_SERVE_MAX_PIXELS": str(serve.max_pixels),
         "ZOPS_SERVE_MAX_IMAGES": str(serve.max_images),
+        "ZOPS_SERVE_WORKERS": str(serve.workers),
+        "ZOPS_SERVE_MAX_BATCH": str(serve.max_batch),
         "ZOPS_SERVE_MAX_QUEUE": str(serve.max_queue),
         "ZOPS_SERVE_WARMUP_SIZE": str(serve.warmup_size),
         "ZOPS_SERVE_REQUEST_TIMEOUT_S": str(serve.request_timeout_s),
@@ -109,6 +116,8 @@ def serve_environment(deployment: Deployment, *, snapshot: str, cache_dir: str, 
         chosen["ZOPS_SERVE_FORWARDS"] = str(serve.forwards)
     if serve.guidance_scale is not None:
         chosen["ZOPS_SERVE_GUIDANCE_SCALE"] = str(serve.guidance_scale)
+    if serve.api_keys is not None:
+        chosen["ZOPS_SERVE_API_KEYS"] = str(Path(keys_dir or serve.api_keys.parent) / serve.api_keys.name)
     return chosen
 
 
@@ -127,6 +136,7 @@ def container_environment(deployment: Deployment, *, snapshot: str) -> dict[str,
         cache_dir=CACHE_MOUNT,
         host="0.0.0.0",  # noqa: S104 - inside; who reaches it is for the published port or the Service to say
         port=SERVE_PORT,
+        keys_dir=KEYS_MOUNT,
     )
     return inside | {
         "HOME": "/tmp",  # noqa: S108 - inside, and its own

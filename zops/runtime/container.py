@@ -10,11 +10,12 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, get_args
 
-from zops.errors import HostShort, SnapshotMissing
+from zops.errors import HostShort, SnapshotMissing, SpecError
 from zops.host.engine import EngineFacts, gpu_request
 from zops.runtime.base import (
     CACHE_MOUNT,
     COMPILE_MOUNT,
+    KEYS_MOUNT,
     LABEL,
     SERVE_PORT,
     Deployment,
@@ -23,6 +24,7 @@ from zops.runtime.base import (
     container_environment,
     labels,
 )
+from zops.spec.keys import read_keys
 
 # The image's own user; docs/reference/image.md.
 USER_ID = 10001
@@ -90,6 +92,8 @@ def container_options(deployment: Deployment, facts: EngineFacts) -> dict[str, A
 
 def _environment(deployment: Deployment, facts: EngineFacts) -> dict[str, str]:
     environment = container_environment(deployment, snapshot=snapshot_inside(deployment))
+    # Inside, every address is bound: only out here is it known who reaches the port.
+    environment["ZOPS_PUBLISHED"] = _address(deployment.spec.serve.host)
     request = gpu_request(facts, deployment.spec.gpus)
     if request is None or request["Driver"] == "cdi":
         # CUDA images ask for all GPUs in their environment, and an engine whose default runtime is NVIDIA's obeys.
@@ -125,7 +129,8 @@ def _read_only_roots(deployment: Deployment) -> dict[Path, str]:
     roots = {deployment.spec.cache.dir.resolve(): CACHE_MOUNT}
     if snapshot_inside(deployment) == SNAPSHOT_MOUNT:
         roots[deployment.snapshot.resolve()] = SNAPSHOT_MOUNT
-    return roots
+    keys = deployment.spec.serve.api_keys
+    return roots if keys is None else roots | {keys.parent.resolve(): KEYS_MOUNT}
 
 
 def _address(host: str) -> str:
@@ -185,14 +190,39 @@ def require_readable(deployment: Deployment, facts: EngineFacts) -> None:
     Raises:
         SnapshotMissing: when a file vanished.
         HostShort: when a file is not readable, or is a link that leads out of what is mounted.
+        SpecError: when the file of API keys is broken, or shares its directory with other things.
     """
     identity = None if facts.remaps_users else (USER_ID, GROUP_ID)
+    if deployment.spec.serve.api_keys is not None:
+        _require_keys(deployment.spec.serve.api_keys, identity)
     for mounted in _read_only_roots(deployment):
         inside = deployment.snapshot.resolve()
         if not inside.is_relative_to(mounted):
             continue
         for path in (mounted, *_between(mounted, inside), *_beneath(inside)):
             _require_access(path, mounted, identity)
+
+
+def _require_keys(keys: Path, identity: tuple[int, int] | None) -> None:
+    """Refuse a file of API keys that the container could not read, or whose directory would show it more than that."""
+    read_keys(keys)
+    others = sorted(path.name for path in keys.parent.iterdir() if path != keys and not path.name.startswith("."))
+    if others:
+        raise SpecError(
+            f"{keys.parent} holds {others[0]} beside {keys.name}, and containers are given the whole directory",
+            code="keys-not-alone",
+            hint=f"mkdir '{keys.parent}/keys' && mv '{keys}' '{keys.parent}/keys/', and name it in serve.api_keys",
+            path="serve.api_keys",
+        )
+    for path, need in ((keys.parent.resolve(), 0o5), (keys, 0o4)):
+        found = path.stat()
+        if _granted(found, identity) & need != need:
+            raise HostShort(
+                f"{path} (mode {stat.S_IMODE(found.st_mode):04o}) is not readable for the container's user {USER_ID}",
+                code="keys-unreadable",
+                hint=f"sudo chgrp {GROUP_ID} '{path}' && sudo chmod g+rX '{path}'",
+                path=str(path),
+            )
 
 
 def _between(root: Path, inside: Path) -> Iterator[Path]:
@@ -221,18 +251,22 @@ def _require_access(path: Path, mounted: Path, identity: tuple[int, int] | None)
             hint=f"copy it: cp --remove-destination '{path.resolve()}' '{path}'",
         )
     need = stat.S_IROTH | stat.S_IXOTH if stat.S_ISDIR(found.st_mode) else stat.S_IROTH
-    granted = found.st_mode
-    if identity and found.st_uid == identity[0]:
-        granted = found.st_mode >> 6
-    elif identity and found.st_gid == identity[1]:
-        granted = found.st_mode >> 3
-    if granted & need != need:
+    if _granted(found, identity) & need != need:
         raise HostShort(
             f"{path} (mode {stat.S_IMODE(found.st_mode):04o}) is not readable for the container's user {USER_ID}",
             code="cache-unreadable",
             hint=f"sudo chmod -R a+rX '{mounted}'",
             path=str(path),
         )
+
+
+def _granted(found: os.stat_result, identity: tuple[int, int] | None) -> int:
+    """Return the permission bits that count for a user (None: for any), in the lowest three."""
+    if identity and found.st_uid == identity[0]:
+        return found.st_mode >> 6
+    if identity and found.st_gid == identity[1]:
+        return found.st_mode >> 3
+    return found.st_mode
 
 
 # --- what the engine says back

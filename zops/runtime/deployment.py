@@ -5,9 +5,10 @@ from collections.abc import Callable
 from zops.cache.layout import meant
 from zops.cache.manifest import require_verified
 from zops.errors import SnapshotDamaged, SnapshotMissing
-from zops.events import Report
+from zops.events import Report, Warned
 from zops.runtime.base import Deployment, Instance, Runtime, drift
 from zops.spec import Spec
+from zops.spec.keys import is_loopback
 
 # An instance that ended so often since somebody waits for it will not become ready by itself.
 CRASH_LOOP = 3
@@ -31,6 +32,10 @@ def bring_up(runtime: Runtime, deployment: Deployment, report: Report) -> Instan
     Raises:
         HostShort: when the host lacks what the deployment needs; nothing half-made is left.
     """
+    serve = deployment.spec.serve
+    if serve.api_keys is None and not is_loopback(serve.host):
+        text = f"no serve.api_keys: whoever reaches port {serve.port} on {serve.host} can make images"
+        report(Warned(f"{text}; make a key with: zops key new NAME --file FILE"))
     if not runtime.has_image(deployment.spec):
         runtime.obtain_image(deployment.spec, report)
     return runtime.up(deployment, report)

@@ -110,8 +110,10 @@ class KubernetesRuntime:
         # foreground: the Deployment goes last, when its pods are gone, so waiting for it is waiting for them.
         wait_s = grace_s + WRITE_TIMEOUT_S
         patience = ("--cascade=foreground", f"--timeout={wait_s:.0f}s")
+        # Only who made a Secret needs the right to remove one.
+        kinds = f"{REMOVED_KINDS},secrets" if any(map(_has_keys, deployments)) else REMOVED_KINDS
         selection = ("-n", NAMESPACE, "-l", f"{LABEL}.deployment={name}")
-        self._kubectl("delete", REMOVED_KINDS, *selection, *patience, timeout_s=wait_s + WRITE_TIMEOUT_S)
+        self._kubectl("delete", kinds, *selection, *patience, timeout_s=wait_s + WRITE_TIMEOUT_S)
         found = bool(deployments)
         text = f"{name}: removed" if found else f"{name}: was not there"
         report(Finished("down", text, time.monotonic() - began, found))
@@ -197,6 +199,11 @@ class KubernetesRuntime:
             hint="all of its answer is in the details: --output json",
             answer=stderr.strip(),
         )
+
+
+def _has_keys(deployment: Manifest) -> bool:
+    """Tell whether the pods of a Deployment read API keys from a Secret."""
+    return any("secret" in volume for volume in deployment["spec"]["template"]["spec"].get("volumes", ()))
 
 
 def read_instances(items: list[Manifest]) -> list[Instance]:

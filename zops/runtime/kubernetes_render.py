@@ -4,6 +4,7 @@ The files are read as plain dictionaries and stay that: typed models drop what t
 included. Whatever a value here replaces, k8s/base holds for the default specification, so that both can be compared.
 """
 
+import base64
 import math
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import yaml
 
 import zops
 from zops.errors import SpecError
-from zops.runtime.base import CACHE_MOUNT, LABEL, Deployment, container_environment, labels
+from zops.runtime.base import CACHE_MOUNT, KEYS_MOUNT, LABEL, Deployment, container_environment, labels
+from zops.spec.keys import read_keys
 
 NAMESPACE = "zops"
 NODE_LABEL = "zops.io/model-cache"
@@ -31,12 +33,12 @@ Manifest = dict[str, Any]
 def render(deployment: Deployment) -> list[Manifest]:
     """Return the objects that make up the deployment, in the order in which they can be created.
 
-    Pure but for reading k8s/base. Objects without an `io.zops.deployment` label (Namespace, StorageClass, the network's
-    default) are shared by all deployments.
+    Pure but for reading k8s/base and the file of API keys. Objects without an `io.zops.deployment` label (Namespace,
+    StorageClass, the network's default) are shared by all deployments.
 
     Raises:
         SpecError: when Kubernetes could not do what is asked: /dev/shm as large as all memory, a snapshot outside the
-            cache.
+            cache, a broken file of API keys.
     """
     objects = read_base()
     for manifest in objects:
@@ -45,7 +47,10 @@ def render(deployment: Deployment) -> list[Manifest]:
     volume = find_kind(objects, "PersistentVolume")["spec"]
     volume["local"]["path"] = str(deployment.spec.cache.dir)
     find_kind(objects, "Service")["spec"]["ports"][0]["port"] = deployment.spec.serve.port
-    _set_workload(find_kind(objects, "Deployment"), deployment)
+    workload = find_kind(objects, "Deployment")
+    _set_workload(workload, deployment)
+    if deployment.spec.serve.api_keys is not None:
+        objects.insert(objects.index(workload), _add_keys(workload, deployment.name, deployment.spec.serve.api_keys))
     return objects
 
 
@@ -147,6 +152,26 @@ def _environment(deployment: Deployment) -> dict[str, str]:
         # CUDA images ask for all GPUs in their environment, and nodes whose default runtime is NVIDIA's obey.
         environment["NVIDIA_VISIBLE_DEVICES"] = "void"
     return environment
+
+
+def _add_keys(workload: Manifest, name: str, keys: Path) -> Manifest:
+    """Let the pod read the API keys from a Secret, and return the Secret: it holds hashes, which open nothing.
+
+    The whole Secret is mounted, for a single file of it would not follow when it changes.
+    """
+    read_keys(keys)
+    pod, secret_name = workload["spec"]["template"]["spec"], f"{name}-keys"
+    pod["containers"][0]["volumeMounts"].append({"name": "keys", "mountPath": KEYS_MOUNT, "readOnly": True})
+    # Files of a Secret are root's, and the pod's user is another.
+    pod["volumes"].append({"name": "keys", "secret": {"secretName": secret_name, "defaultMode": 0o444}})
+    metadata = workload["metadata"]
+    return {
+        "apiVersion": "v1",
+        "kind": "Secret",
+        "metadata": {"name": secret_name, "namespace": metadata["namespace"], "labels": dict(metadata["labels"])},
+        "type": "Opaque",
+        "data": {keys.name: base64.b64encode(keys.read_bytes()).decode()},
+    }
 
 
 def _set_resources(resources: Manifest, shm: Manifest, deployment: Deployment) -> None:

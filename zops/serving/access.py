@@ -1,4 +1,4 @@
-"""A request id on every answer, and one log line for every request; never a prompt, never a header's value."""
+"""A request id on every answer, and one log line for every request; no header's value, and no prompt unless asked."""
 
 import json
 import logging
@@ -13,6 +13,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 # Probes come every few seconds; one is logged only when its answer is another than the last, or a bad first one.
 QUIET_PATHS = frozenset({"/livez", "/readyz", "/healthz", "/health", "/v1/health/live", "/v1/health/ready", "/metrics"})
 _ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+# Whoever knows the name of a result can fetch it where no keys are asked for, so the log has no more than its start.
+_RESULT = re.compile(r"^(/v1/(?:images|jobs)/[a-z]+_[\w-]{8})[\w-]+")
 
 
 class AccessLog:
@@ -53,10 +55,13 @@ class AccessLog:
             "request_id": request_id,
             "method": scope["method"],
             # Hostile text: as JSON it stays on one line and in ASCII.
-            "path": scope["path"][:200],
+            "path": _RESULT.sub(r"\1...", scope["path"])[:200],
             "status": status,
             "seconds": round(seconds, 4),
         }
+        # Left there by whoever knows it: the name of the API key, the seconds by phase, the prompt where it is wanted.
+        state = scope["state"]
+        fields |= {name: state[name] for name in ("client", "phases", "prompt") if state.get(name)}
         self._log.info("request", extra={"fields": fields})
 
 

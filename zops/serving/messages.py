@@ -1,12 +1,23 @@
-"""What crosses the pipe between the HTTP process and its worker: plain data, no torch on either side."""
+"""What crosses the pipe between the HTTP process and its workers: plain data, no torch on either side.
+
+The unit of work is a picture: one image of one request. Pictures that have the same `Shape` may be made together, in a
+batch, and a request of several pictures may be spread over several workers.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Literal
 
 # Phases of a start in their order; /readyz and the metrics name them.
-PHASES = ("imports", "verify", "load", "warmup")
+PHASES = ("imports", "verify", "read", "build", "warmup")
 MAX_PROMPT_TOKENS = 512
 """What ZImagePipeline gives its text encoder (max_sequence_length); it would cut a longer prompt without a word."""
+BUCKET_TOKENS = 32
+"""The transformer pads captions to a multiple of this; with equal padded lengths it needs no attention mask."""
+BEAT_S = 0.5
+"""A worker that lives sends a `Beat` this often, from a thread of its own, also in the midst of a forward."""
+
+Mode = Literal["generate", "edit"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,32 +33,60 @@ class WorkerSettings:
     forwards: int
     guidance_scale: float
     warmup_size: int
+    threads: int | None = None
+    """Threads of a worker on a CPU; None leaves torch's own choice."""
 
 
-# --- to the worker
+# --- to a worker
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
-    """Images to make: one for each seed."""
+class Shape:
+    """What pictures must have in common to be made in one batch."""
 
-    id: str
-    prompt: str = field(repr=False)
+    mode: Mode
     width: int
     height: int
-    seeds: tuple[int, ...]
     forwards: int
     guidance_scale: float
+    bucket: int
+    """Tokens of the caption, rounded up to a multiple of `BUCKET_TOKENS`; of the longer one with a negative prompt."""
+    strength: float = 1.0
+    """How much of the source an edit replaces, 0 to 1; `int(forwards * strength)` forwards are run."""
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """One image to make."""
+
+    id: str
+    """Unique for the life of the server, the same when the picture is tried again on another worker."""
+    prompt: str = field(repr=False)
+    seed: int
+    negative_prompt: str = field(default="", repr=False)
+    source: bytes | None = field(default=None, repr=False)
+    """8-bit RGB of the size in the shape: what an edit begins with."""
+    previews: int = 0
+    """How many `Preview`s to send, spread evenly over the forwards."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Pictures for a worker to make now, together. A worker has one batch at a time."""
+
+    id: int
+    shape: Shape
+    pictures: tuple[Picture, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Cancel:
-    """Nobody waits for this job any more."""
+    """Nobody waits for this picture any more."""
 
-    id: str
+    picture: str
 
 
-# --- from the worker
+# --- from a worker
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +98,7 @@ class Entered:
 
 @dataclass(frozen=True, slots=True)
 class Passed:
-    """The worker's start left a phase behind."""
+    """The worker's start left a phase behind. Phases may overlap: the seconds need not add up."""
 
     phase: str
     seconds: float
@@ -67,11 +106,20 @@ class Passed:
 
 @dataclass(frozen=True, slots=True)
 class Ready:
-    """A warm-up image was made and looked at. Names what the worker runs on."""
+    """A warm-up image was made and looked at. Names what the worker runs on, and what only it can know."""
 
     device: str
     dtype: str
     versions: Mapping[str, str]
+    memory_free: int | None = None
+    """Bytes of the device that are left for activations once the weights are there; None when it cannot be told."""
+    pixel_bytes: float | None = None
+    """Bytes that one more pixel of an image takes while it is made, measured by the warm-up; None as above."""
+    template: tuple[str, str] = ("", "")
+    """What the model's chat template puts before and behind a prompt, so that the HTTP process can count tokens."""
+    cache_bytes: int = 0
+    """Bytes of weights that were read from the snapshot on local disk."""
+    cache_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,30 +130,50 @@ class StartFailed:
 
 
 @dataclass(frozen=True, slots=True)
-class RawImage:
-    """One image as 8-bit RGB, row by row."""
+class Beat:
+    """The worker lives. `forwards` counts those that its batch has finished; memory is None where it cannot be told."""
 
+    batch: int | None
+    forwards: int
+    memory_used: int | None = None
+    memory_total: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Preview:
+    """A small view of an unfinished picture as 8-bit RGB; `index` counts from 0."""
+
+    picture: str
+    index: int
     width: int
     height: int
-    seed: int
     rgb: bytes = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)
-class Done:
-    """All images of a job."""
+class Made:
+    """A finished picture as 8-bit RGB, row by row."""
 
-    id: str
-    images: tuple[RawImage, ...]
+    picture: str
+    width: int
+    height: int
+    seed: int
+    rgb: bytes = field(repr=False)
     prompt_tokens: int
-    seconds: float
+    truncated: bool
+    """Whether the prompt was cut to `MAX_PROMPT_TOKENS`."""
+    forwards: int
+    """Forwards that were really run."""
+    batch_size: int
+    seconds: Mapping[str, float]
+    """Of its batch, by phase: text, denoise, decode."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """A job that gave no image: `code` is one of `serving.errors.ERROR_CODES`."""
+    """A picture that could not be made: `code` is one of `serving.errors.ERROR_CODES`."""
 
-    id: str
+    picture: str
     code: str
     message: str
     param: str | None = None
@@ -113,11 +181,22 @@ class Failed:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """A job that was given up because it was cancelled."""
+    """A picture that was given up because it was cancelled."""
 
-    id: str
+    picture: str
 
 
-ToWorker = Job | Cancel
-Answer = Done | Failed | Cancelled
-FromWorker = Entered | Passed | Ready | StartFailed | Answer
+@dataclass(frozen=True, slots=True)
+class Free:
+    """The batch is over, each of its pictures was answered, and the worker takes the next one.
+
+    `fits` is the largest batch of this shape that fits into memory where the worker had to make it smaller, else None.
+    """
+
+    batch: int
+    fits: int | None = None
+
+
+ToWorker = Batch | Cancel
+Answer = Made | Failed | Cancelled
+FromWorker = Entered | Passed | Ready | StartFailed | Beat | Preview | Answer | Free

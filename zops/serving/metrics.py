@@ -11,8 +11,13 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 from zops.serving.messages import Ready
 
-# A forward of the model takes 0.05 to 0.2 s on current GPUs and an image 0.3 to 5 s; a CPU takes longer.
-BUCKETS_S = (0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+# An image takes 0.2 to 5 s on current GPUs, and there the buckets are fine; the text encoder takes a few hundredths of
+# a second; a CPU takes longer than all of it.
+BUCKETS_S = (
+    *(0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0),
+    *(1.25, 1.5, 2.0, 2.5, 3.0, 4.0, 5.0, 7.5, 10.0, 30.0, 60.0, 120.0),
+)
+BUCKETS_PICTURES = (1, 2, 3, 4, 6, 8, 12, 16)
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,14 +34,36 @@ METRICS: dict[str, MetricKind] = {
     "zops_refused_total": MetricKind("counter", ("code",), "image requests answered with an error, by its code"),
     "zops_images_total": MetricKind("counter", ("format",), "images delivered, warm-up images not counted"),
     "zops_request_seconds": MetricKind("histogram", (), "from the arrival of a good request to its answer"),
-    "zops_phase_seconds": MetricKind("histogram", ("phase",), "parts of a good request: queue, generate, encode"),
-    "zops_waiting": MetricKind("gauge", (), "requests that wait for the worker"),
-    "zops_running": MetricKind("gauge", (), "requests that the worker works on"),
-    "zops_ready": MetricKind("gauge", (), "1 while /readyz answers 200, else 0"),
-    "zops_worker_restarts_total": MetricKind(
-        "counter", ("reason",), "workers lost and replaced: died, hung, start-failed, start-timeout"
+    "zops_phase_seconds": MetricKind(
+        "histogram", ("phase",), "parts of an image's way: queue (a request); text, denoise, decode (a batch); encode"
     ),
+    "zops_batch_size": MetricKind("histogram", (), "pictures that a worker was given to make together"),
+    "zops_waiting": MetricKind("gauge", (), "requests of which no picture has been begun"),
+    "zops_running": MetricKind("gauge", (), "requests of which a picture has been begun"),
+    "zops_ready": MetricKind("gauge", (), "1 while /readyz answers 200, else 0"),
+    "zops_workers": MetricKind("gauge", (), "workers that there should be"),
+    "zops_workers_ready": MetricKind("gauge", (), "workers that take pictures"),
+    "zops_worker_restarts_total": MetricKind(
+        "counter", ("reason",), "workers lost: died, hung, silent, stalled, start-failed, start-timeout"
+    ),
+    "zops_retried_total": MetricKind("counter", (), "pictures made again because their worker was lost"),
+    "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker",), "memory in use on the worker's GPU"),
+    "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker",), "memory of the worker's GPU"),
+    "zops_cache_hit_bytes": MetricKind("gauge", ("worker",), "weights read from the local disk at the last start"),
+    "zops_cache_hit_seconds": MetricKind("gauge", ("worker",), "how long that took"),
     "zops_start_phase_seconds": MetricKind("gauge", ("phase",), "phases of the worker's last start"),
+    "zops_client_requests_total": MetricKind(
+        "counter", ("client", "status"), "image requests by the name of their API key"
+    ),
+    "zops_api_keys": MetricKind("gauge", (), "API keys that are good"),
+    "zops_api_keys_stale": MetricKind("gauge", (), "1 while the file of API keys is broken and the former keys apply"),
+    "zops_jobs": MetricKind("gauge", (), "jobs that wait or run"),
+    "zops_jobs_ended_total": MetricKind("counter", ("status",), "jobs that ended: succeeded, failed, cancelled"),
+    "zops_job_bytes": MetricKind("gauge", (), "size of the results that jobs keep"),
+    "zops_replays_total": MetricKind("counter", (), "answers given once more for their Idempotency-Key"),
+    "zops_connections_dropped_total": MetricKind(
+        "counter", ("reason",), "connections cut off: head_timeout, body_timeout, slow_reader, too_many"
+    ),
     "zops_build_info": MetricKind(
         "gauge",
         ("version", "model", "revision", "manifest", "device", "dtype", "torch", "diffusers"),
@@ -56,13 +83,29 @@ class Metrics:
         self.requests = self._counter("zops_requests_total")
         self.refused = self._counter("zops_refused_total")
         self.images = self._counter("zops_images_total")
-        self.request_seconds = self._histogram("zops_request_seconds")
-        self.phase_seconds = self._histogram("zops_phase_seconds")
+        self.request_seconds = self._histogram("zops_request_seconds", BUCKETS_S)
+        self.phase_seconds = self._histogram("zops_phase_seconds", BUCKETS_S)
+        self.batch_size = self._histogram("zops_batch_size", BUCKETS_PICTURES)
         self.waiting = self._gauge("zops_waiting")
         self.running = self._gauge("zops_running")
         self.ready = self._gauge("zops_ready")
+        self.workers = self._gauge("zops_workers")
+        self.workers_ready = self._gauge("zops_workers_ready")
         self.worker_restarts = self._counter("zops_worker_restarts_total")
+        self.retried = self._counter("zops_retried_total")
+        self._memory_used = self._gauge("zops_gpu_memory_used_bytes")
+        self._memory_total = self._gauge("zops_gpu_memory_total_bytes")
+        self._cache_bytes = self._gauge("zops_cache_hit_bytes")
+        self._cache_seconds = self._gauge("zops_cache_hit_seconds")
         self.start_phase = self._gauge("zops_start_phase_seconds")
+        self.client_requests = self._counter("zops_client_requests_total")
+        self.api_keys = self._gauge("zops_api_keys")
+        self.api_keys_stale = self._gauge("zops_api_keys_stale")
+        self.jobs_open = self._gauge("zops_jobs")
+        self.jobs_ended = self._counter("zops_jobs_ended_total")
+        self.job_bytes = self._gauge("zops_job_bytes")
+        self.replays = self._counter("zops_replays_total")
+        self.connections_dropped = self._counter("zops_connections_dropped_total")
         self._build_info = self._gauge("zops_build_info")
 
     def tell_facts(self, facts: Ready) -> None:
@@ -81,6 +124,18 @@ class Metrics:
             versions["diffusers"],
         ).set(1)
 
+    def tell_memory(self, worker: int, used: int | None, total: int | None) -> None:
+        """Publish the memory of a worker's GPU in bytes, where there is one."""
+        if used is not None:
+            self._memory_used.labels(str(worker)).set(used)
+        if total is not None:
+            self._memory_total.labels(str(worker)).set(total)
+
+    def tell_cache(self, worker: int, read_bytes: int, seconds: float) -> None:
+        """Publish what a worker read from the snapshot on local disk."""
+        self._cache_bytes.labels(str(worker)).set(read_bytes)
+        self._cache_seconds.labels(str(worker)).set(seconds)
+
     def render(self) -> tuple[bytes, str]:
         """Return the exposition and its content type."""
         return prometheus_client.generate_latest(self.registry), "text/plain; version=0.0.4; charset=utf-8"
@@ -91,6 +146,6 @@ class Metrics:
     def _gauge(self, name: str) -> Gauge:
         return Gauge(name, METRICS[name].text, METRICS[name].labels, registry=self.registry)
 
-    def _histogram(self, name: str) -> Histogram:
+    def _histogram(self, name: str, buckets: tuple[float, ...]) -> Histogram:
         kind = METRICS[name]
-        return Histogram(name, kind.text, kind.labels, registry=self.registry, buckets=BUCKETS_S)
+        return Histogram(name, kind.text, kind.labels, registry=self.registry, buckets=buckets)

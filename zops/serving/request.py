@@ -1,57 +1,37 @@
-"""What a client may ask for: OpenAI's fields and ours, read from hostile bytes, refused early with the limit named."""
+"""What a client asked for: read from hostile bytes, refused early with the limit named, filled in with defaults."""
 
 import json
 import re
 import secrets
-from dataclasses import dataclass
-from typing import Any, Literal
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import ValidationError
 
 from zops.catalog import lookup
 from zops.serving.errors import ApiError
-from zops.serving.messages import Job
+from zops.serving.fields import (
+    BOUNDS,
+    DEFAULT_QUALITY,
+    DEFAULT_STRENGTH,
+    MAX_EDGE,
+    MAX_PROMPT_CHARS,
+    MULTIPLE,
+    OPENAI_ONLY,
+    Bound,
+    EditBody,
+    Format,
+    GenerationBody,
+    Transport,
+)
+from zops.serving.messages import MAX_PROMPT_TOKENS, Picture, Shape
+from zops.serving.tokens import bucket
+from zops.serving.upload import Source, open_source
 from zops.spec import Spec
 
-MAX_BODY_BYTES = 1 << 20
-MAX_PROMPT_CHARS = 32_000
-"""OpenAI's own limit. The real one is counted in tokens, by the worker's tokenizer."""
-MULTIPLE = 16
-MAX_EDGE = 8192
-"""512 entries of the rotary tables, 16 pixels each."""
-MAX_FORWARDS = 200
-MAX_GUIDANCE = 20.0
-MAX_SEED = (1 << 53) - 1
-"""The largest whole number that every JSON reader keeps exact."""
-
-Format = Literal["png", "jpeg", "webp"]
-
-
-class GenerationBody(BaseModel):
-    """Body of `POST /v1/images/generations`."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, allow_inf_nan=False)
-
-    prompt: str = Field(description="what the image shows; at most 512 tokens with the model's template")
-    model: str | None = Field(None, description="must be the served model when given")
-    n: int | None = Field(None, description="images to make, 1 when empty; seeds count up from the first")
-    size: str | None = Field(None, description="WIDTHxHEIGHT, both multiples of 16, or auto")
-    response_format: Literal["b64_json", "url"] | None = Field(None, description="only b64_json is supported")
-    output_format: Format | None = Field(None, description="png when empty")
-    output_compression: int | None = Field(None, description="quality of jpeg and webp, 0 to 100, 95 when empty")
-    seed: int | None = Field(None, description="0 to 2^53-1, random when empty; only its lower 32 bits matter")
-    num_inference_steps: int | None = Field(None, description="forwards of the transformer; the model's own when empty")
-    guidance_scale: float | None = Field(None, description="the model's own when empty; any value above 0 costs double")
-    user: str | None = Field(None, description="ignored")
-    quality: Literal["auto", "low", "medium", "high", "standard", "hd"] | None = Field(None, description="ignored")
-    moderation: Literal["auto", "low"] | None = Field(None, description="ignored")
-    style: Literal["vivid", "natural"] | None = Field(None, description="ignored")
-    background: Literal["auto", "opaque", "transparent"] | None = Field(
-        None, description="transparent is not supported"
-    )
-    stream: bool | None = Field(None, description="true is not supported")
-    partial_images: int | None = Field(None, description="above 0 is not supported")
-    negative_prompt: str | None = Field(None, description="not supported unless empty")
+Fields = TypeVar("Fields", bound=GenerationBody)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +47,13 @@ class Limits:
     max_queue: int
     request_timeout_s: float
     startup_timeout_s: float
+    long_prompts: Literal["refuse", "truncate"] = "refuse"
+    log_prompts: bool = False
+    mark_images: bool = True
+    max_upload_bytes: int = 20 << 20
+    results_bytes: int = 256 << 20
+    results_keep_s: float = 3600
+    public_url: str | None = None
 
     @classmethod
     def of(cls, spec: Spec) -> "Limits":
@@ -83,62 +70,106 @@ class Limits:
             max_queue=serve.max_queue,
             request_timeout_s=serve.request_timeout_s,
             startup_timeout_s=serve.startup_timeout_s,
+            long_prompts=serve.long_prompts,
+            log_prompts=serve.log_prompts,
+            mark_images=serve.mark_images,
+            max_upload_bytes=serve.max_upload,
+            results_bytes=serve.results_bytes,
+            results_keep_s=serve.results_keep_s,
+            public_url=serve.public_url,
         )
+
+    def bounds(self) -> dict[str, Bound]:
+        """Return what each number of a request may be."""
+        return BOUNDS | {"n": Bound("too_many_images", 1, self.max_images)}
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """What the fields of a request do not tell."""
+
+    id: str
+    """The request's id, not unique: clients may choose it."""
+    base_url: str = ""
+    """What the URLs of its results begin with."""
+    count_tokens: Callable[[str], int] = lambda _prompt: 0
+    """Tokens of a prompt within its template. The default is for a server without a worker: it answers `not_ready`."""
+    arrived: float = field(default_factory=time.monotonic)
 
 
 @dataclass(frozen=True, slots=True)
 class ImageRequest:
-    """A request that passed: the job for the worker and how its images are to be encoded."""
+    """A request that passed: what the workers are to make, and how it is to be answered."""
 
-    job: Job
+    arrival: Arrival
+    shape: Shape
+    pictures: tuple[Picture, ...]
     output_format: Format
     quality: int
+    response_format: Transport
+    stream: bool
+    partial_images: int
+
+    @property
+    def id(self) -> str:
+        """The request's id."""
+        return self.arrival.id
 
 
-def parse(body: bytes, limits: Limits, request_id: str) -> ImageRequest:
-    """Read and check a body.
+def parse(body: bytes, limits: Limits, arrival: Arrival) -> ImageRequest:
+    """Read and check the JSON of `POST /v1/images/generations`.
 
     Raises:
         ApiError: naming the field and the limit; it never repeats the prompt.
     """
-    fields = _read(body)
-    _refuse_unsupported(fields)
-    if fields.model not in {None, limits.model}:
-        raise ApiError("model_not_found", f"this server serves {limits.model} and no other model", param="model")
-    _check_prompt(fields.prompt)
-    width, height = _size(fields.size, limits)
-    count = 1 if fields.n is None else fields.n
-    forwards = limits.forwards if fields.num_inference_steps is None else fields.num_inference_steps
-    guidance = limits.guidance_scale if fields.guidance_scale is None else fields.guidance_scale
-    quality = 95 if fields.output_compression is None else fields.output_compression
-    # 32 bits are all that torch's generator on the CPU uses of a seed.
-    seed = secrets.randbelow(1 << 32) if fields.seed is None else fields.seed
-    _check_range("too_many_images", "n", count, 1, limits.max_images)
-    _check_range("steps_out_of_range", "num_inference_steps", forwards, 1, MAX_FORWARDS)
-    _check_range("guidance_out_of_range", "guidance_scale", guidance, 0, MAX_GUIDANCE)
-    _check_range("compression_out_of_range", "output_compression", quality, 0, 100)
-    _check_range("seed_out_of_range", "seed", seed, 0, MAX_SEED)
-    job = Job(
-        id=request_id,
-        prompt=fields.prompt,
-        width=width,
-        height=height,
-        seeds=tuple(seed + index for index in range(count)),
-        forwards=forwards,
-        guidance_scale=float(guidance),
-    )
-    return ImageRequest(job, fields.output_format or "png", quality)
-
-
-def _read(body: bytes) -> GenerationBody:
     try:
         tree: Any = json.loads(body)
     except (ValueError, RecursionError):
         raise ApiError("invalid_json", "the body is not valid JSON") from None
     if not isinstance(tree, dict):
         raise ApiError("invalid_json", "the body must be a JSON object")
+    fields = _validate(GenerationBody, tree)
+    size = _size(fields.size, limits) or (limits.default_size, limits.default_size)
+    return _build(fields, _check(fields, limits, arrival), arrival, Source(*size))
+
+
+def parse_edit(texts: Mapping[str, str], image: bytes, limits: Limits, arrival: Arrival) -> ImageRequest:
+    """Read and check the fields of `POST /v1/images/edits`, and decode its image; slow, for a thread.
+
+    Raises:
+        ApiError: as `parse`, also when the image cannot be decoded within bounds.
+    """
+    fields = _validate(EditBody, texts)
+    size = _size(fields.size, limits)
+    checked = _check(fields, limits, arrival)
+    strength = DEFAULT_STRENGTH if fields.strength is None else fields.strength
+    _check_range("strength", strength, limits)
+    if int(checked.forwards * strength) < 1:
+        message = (
+            f"a strength of {strength:g} leaves none of the {checked.forwards} forwards to run; give more of either"
+        )
+        raise ApiError("strength_out_of_range", message, param="strength")
+    # Last, because it is what costs.
+    return _build(fields, checked, arrival, open_source(image, size, limits.max_pixels), strength)
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """Numbers of a request that are in bounds, defaults filled in."""
+
+    count: int
+    forwards: int
+    guidance_scale: float
+    seed: int
+    quality: int
+    bucket: int
+
+
+def _validate(kind: type[Fields], tree: Mapping[str, Any]) -> Fields:
+    for name in sorted(OPENAI_ONLY & tree.keys()):
+        raise ApiError("unsupported_parameter", f"{name}: this server does not have it; leave it out", param=name)
     try:
-        return GenerationBody.model_validate(tree)
+        return kind.model_validate(tree)
     except ValidationError as error:
         raise _explain(error) from None
 
@@ -157,32 +188,74 @@ def _explain(error: ValidationError) -> ApiError:
     return ApiError("invalid_type", f"{name}: {reason[:1].lower()}{reason[1:]}", param=name)
 
 
-def _refuse_unsupported(fields: GenerationBody) -> None:
-    refused = {
-        "response_format": (fields.response_format == "url", "images are answered inline; use b64_json"),
-        "background": (fields.background == "transparent", "this model makes opaque images; use opaque or auto"),
-        "stream": (bool(fields.stream), "answers are not streamed; leave it out"),
-        "partial_images": (bool(fields.partial_images), "answers are not streamed; leave it out"),
-        "negative_prompt": (bool(fields.negative_prompt), "there are no negative prompts here; leave it out"),
+def _check(fields: GenerationBody, limits: Limits, arrival: Arrival) -> _Checked:
+    if fields.model not in {None, limits.model}:
+        raise ApiError("model_not_found", f"this server serves {limits.model} and no other model", param="model")
+    if fields.background == "transparent":
+        message = "background: this model makes opaque images; use opaque or auto"
+        raise ApiError("unsupported_parameter", message, param="background")
+    numbers = {
+        "n": 1 if fields.n is None else fields.n,
+        "num_inference_steps": limits.forwards if fields.num_inference_steps is None else fields.num_inference_steps,
+        "guidance_scale": limits.guidance_scale if fields.guidance_scale is None else fields.guidance_scale,
+        "output_compression": DEFAULT_QUALITY if fields.output_compression is None else fields.output_compression,
+        # 32 bits are all that torch's generator on the CPU uses of a seed.
+        "seed": secrets.randbelow(1 << 32) if fields.seed is None else fields.seed,
+        "partial_images": fields.partial_images or 0,
     }
-    for name, (asked, text) in refused.items():
-        if asked:
-            raise ApiError("unsupported_parameter", f"{name}: {text}", param=name)
+    for name, value in numbers.items():
+        _check_range(name, value, limits)
+    _check_conflicts(fields, numbers["guidance_scale"])
+    tokens = _tokens("prompt", fields.prompt, limits, arrival)
+    if fields.negative_prompt:
+        tokens = max(tokens, _tokens("negative_prompt", fields.negative_prompt, limits, arrival))
+    return _Checked(
+        count=int(numbers["n"]),
+        forwards=int(numbers["num_inference_steps"]),
+        guidance_scale=float(numbers["guidance_scale"]),
+        seed=int(numbers["seed"]),
+        quality=int(numbers["output_compression"]),
+        bucket=bucket(tokens),
+    )
 
 
-def _check_prompt(prompt: str) -> None:
+def _check_conflicts(fields: GenerationBody, guidance_scale: float) -> None:
+    conflicts = {
+        "negative_prompt": (
+            bool(fields.negative_prompt) and guidance_scale <= 0,
+            "has no effect without guidance; leave it out, or give a guidance_scale above 0 (it costs double)",
+        ),
+        "partial_images": (bool(fields.partial_images) and not fields.stream, "needs stream: true"),
+        "response_format": (
+            fields.response_format == "url" and bool(fields.stream),
+            "a stream carries the images themselves; use b64_json or do not stream",
+        ),
+    }
+    for name, (conflict, text) in conflicts.items():
+        if conflict:
+            raise ApiError("parameters_conflict", f"{name}: {text}", param=name)
+
+
+def _tokens(name: str, prompt: str, limits: Limits, arrival: Arrival) -> int:
+    """Check a prompt and return its tokens."""
     if not prompt.strip():
-        raise ApiError("prompt_empty", "the prompt is empty", param="prompt")
+        raise ApiError("prompt_empty", f"{name} is empty", param=name)
     if any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ApiError("invalid_type", "prompt: must be valid Unicode, it has half a surrogate pair", param="prompt")
+        raise ApiError("invalid_type", f"{name}: must be valid Unicode, it has half a surrogate pair", param=name)
     if len(prompt) > MAX_PROMPT_CHARS:
-        message = f"the prompt has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARS}; shorten it"
-        raise ApiError("prompt_too_long", message, param="prompt")
+        message = f"{name} has {len(prompt)} characters, the limit is {MAX_PROMPT_CHARS}; shorten it"
+        raise ApiError("prompt_too_long", message, param=name)
+    tokens = arrival.count_tokens(prompt)
+    if tokens > MAX_PROMPT_TOKENS and limits.long_prompts == "refuse":
+        message = f"{name} has {tokens} tokens with its template, the limit is {MAX_PROMPT_TOKENS}; shorten it"
+        raise ApiError("prompt_too_long", message, param=name)
+    return tokens
 
 
-def _size(text: str | None, limits: Limits) -> tuple[int, int]:
+def _size(text: str | None, limits: Limits) -> tuple[int, int] | None:
+    """Return width and height, or None when the client leaves them open."""
     if text in {None, "auto"}:
-        return limits.default_size, limits.default_size
+        return None
     match = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text or "", re.ASCII)
     if not match:
         message = "size must be auto or WIDTHxHEIGHT in pixels, for example 1024x1024"
@@ -202,12 +275,49 @@ def _size(text: str | None, limits: Limits) -> tuple[int, int]:
     return width, height
 
 
-def _check_range(code: str, name: str, value: float, least: float, most: float) -> None:
-    if not least <= value <= most:
-        raise ApiError(code, f"{name} must be {least:g} to {most}, it is {_short(value)}", param=name)
+def _check_range(name: str, value: float, limits: Limits) -> None:
+    bound = limits.bounds()[name]
+    if not bound.least <= value <= bound.most:
+        message = f"{name} must be {bound.least:g} to {bound.most}, it is {_short(value)}"
+        raise ApiError(bound.code, message, param=name)
 
 
 def _short(value: float) -> str:
     """Render a client's number without letting it fill our answer."""
     text = str(value) if abs(value) < 1 << 128 else "beyond any bound"
     return text[:40]
+
+
+def _build(
+    fields: GenerationBody, checked: _Checked, arrival: Arrival, source: Source, strength: float = 1.0
+) -> ImageRequest:
+    shape = Shape(
+        mode="generate" if source.rgb is None else "edit",
+        width=source.width,
+        height=source.height,
+        forwards=checked.forwards,
+        guidance_scale=checked.guidance_scale,
+        bucket=checked.bucket,
+        strength=strength,
+    )
+    pictures = tuple(
+        Picture(
+            id=f"img_{secrets.token_hex(16)}",
+            prompt=fields.prompt,
+            seed=checked.seed + index,
+            negative_prompt=fields.negative_prompt or "",
+            source=source.rgb,
+            previews=fields.partial_images or 0,
+        )
+        for index in range(checked.count)
+    )
+    return ImageRequest(
+        arrival=arrival,
+        shape=shape,
+        pictures=pictures,
+        output_format=fields.output_format or "png",
+        quality=checked.quality,
+        response_format=fields.response_format or "b64_json",
+        stream=bool(fields.stream),
+        partial_images=fields.partial_images or 0,
+    )

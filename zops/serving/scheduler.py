@@ -1,341 +1,389 @@
-"""The bounded queue in front of the worker, and the care for the worker itself.
+"""The bounded queue in front of the workers: who is next, on which worker, with whom in a batch.
 
 Everything here runs in the event loop, in callbacks that never wait: a request comes, an answer comes, a worker is
-lost, a timer fires. So there are no locks, and at each moment at most one job is with the worker.
+lost, a timer fires. So there are no locks.
 """
 
 import asyncio
-import collections
-import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from zops.errors import ZopsError
-from zops.events import Finished, Report, Warned, silent
+from zops.events import Report, Warned, silent
+from zops.serving.batching import CROWD_S, LINGER_S, largest_batch
 from zops.serving.errors import ApiError
+from zops.serving.fairness import FairQueue
+from zops.serving.life import Patience, Worker
 from zops.serving.link import WorkerLink
+from zops.serving.making import Making, Part
 from zops.serving.messages import (
     PHASES,
+    Batch,
+    Beat,
     Cancel,
-    Cancelled,
-    Done,
-    Entered,
     Failed,
+    Free,
     FromWorker,
-    Job,
-    Passed,
+    Made,
+    Picture,
+    Preview,
     Ready,
-    StartFailed,
+    Shape,
 )
 from zops.serving.metrics import Metrics
-from zops.serving.request import Limits
+from zops.serving.pool import Pool
 
-# A worker gets this long to stop between two forwards before it is taken for hung and killed. It must stay below the
-# grace that a runtime adds to request_timeout_s when it stops an instance (15 s).
-CANCEL_GRACE_S = 5.0
-BACKOFF_FIRST_S = 0.5
-BACKOFF_LAST_S = 30.0
-# Starts that fail in a row before the server gives up, so that whatever runs it sees that it cannot work.
-MAX_FAILED_STARTS = 3
 RETRY_LATER_S = 5.0
+# Weight of the newest batch in the moving average of what a picture takes.
+_NEWEST = 0.2
 
 
-@dataclass(eq=False, slots=True)
-class _Ticket:
-    """A request between its arrival and its answer. Times are of `time.monotonic`."""
+class Bounds(Protocol):
+    """The operator's limits that concern the queue and the workers."""
 
-    job: Job
-    future: "asyncio.Future[Outcome]"
-    arrived: float
-    started: float = 0.0
+    @property
+    def max_queue(self) -> int:
+        """Requests that may wait."""
+        ...
 
+    @property
+    def request_timeout_s(self) -> float:
+        """Longest that one request may take."""
+        ...
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the worker made of a job, and how long the job waited for it."""
-
-    done: Done
-    queue_s: float
-
-
-@dataclass(slots=True)
-class Status:
-    """What /readyz tells of the worker. `phase` is one of `serving.app.READY_PHASES`."""
-
-    phase: str = "starting"
-    reason: str = "the worker is being started"
-    phase_seconds: dict[str, float] = field(default_factory=dict)
-    facts: Ready | None = None
-    restarts: int = 0
-    pid: int | None = None
+    @property
+    def startup_timeout_s(self) -> float:
+        """Longest that a worker may take until it is ready."""
+        ...
 
 
 class Scheduler:
-    """Queues requests, gives them to the worker one by one, and replaces the worker when it dies or hangs."""
+    """Queues requests, spreads their pictures over the workers, and sees that each request is answered.
+
+    Args:
+        start_worker: starts the worker with the given index.
+        bounds: the operator's limits.
+        metrics: where numbers go.
+        workers: how many to start.
+        max_batch: largest batch in place of the measured one.
+        wants_gpu: whether it is worth a warning when a worker runs on the CPU.
+        report: where the phases of starts and losses of workers go.
+        patience: how long workers are waited for.
+    """
 
     def __init__(
         self,
-        start_worker: Callable[[], WorkerLink],
-        limits: Limits,
+        start_worker: Callable[[int], WorkerLink],
+        bounds: Bounds,
         metrics: Metrics,
         *,
+        workers: int = 1,
+        max_batch: int | None = None,
+        wants_gpu: bool = False,
         report: Report = silent,
-        cancel_grace_s: float = CANCEL_GRACE_S,
+        patience: Patience | None = None,
     ) -> None:
-        self.status = Status()
         self.draining = False
-        self.gave_up: asyncio.Future[ZopsError] | None = None
-        self._start_worker = start_worker
-        self._limits = limits
+        self._bounds = bounds
         self._metrics = metrics
+        self._max_batch = max_batch
+        self._wants_gpu = wants_gpu
         self._report = report
-        self._cancel_grace_s = cancel_grace_s
-        self._waiting: collections.deque[_Ticket] = collections.deque()
-        self._running: _Ticket | None = None
-        self._link: WorkerLink | None = None
-        self._start_timer: asyncio.TimerHandle | None = None
-        self._hang_timer: asyncio.TimerHandle | None = None
-        self._losses = 0
-        self._failed_starts = 0
-        self._killed_because = ""
-        self._service_s = 1.0
-        """Moving average of what one job takes; tells clients of a full queue when to come back."""
+        self._pool = Pool(
+            start_worker,
+            workers,
+            self,
+            metrics,
+            report=report,
+            patience=patience or Patience(),
+            startup_timeout_s=bounds.startup_timeout_s,
+        )
+        self._queue = FairQueue()
+        self._queued: set[Making] = set()
+        self._running: set[Making] = set()
+        self._deadlines: dict[Making, asyncio.TimerHandle] = {}
+        self._parts: dict[int, dict[str, Part]] = {worker.index: {} for worker in self._pool.workers}
+        """What each worker makes, by the id of the picture."""
+        self._batches = 0
+        self._given_at: dict[int, float] = {}
+        self._picture_s = 1.0
+        """Moving average of what a picture takes a worker; tells clients of a full queue when to come back."""
+        self._crowd, self._crowd_until = 0, 0.0
+        """Requests that the last batch served together, and until when they are likely to come back."""
+        self._linger: asyncio.TimerHandle | None = None
         self._idle = asyncio.Event()
         self._idle.set()
+        self._begun_at = 0.0
+        self._facts: Ready | None = None
 
     # --- what the server and the app call
 
     def begin(self) -> None:
-        """Start the first worker. To be called once, in the running event loop."""
-        self.gave_up = asyncio.get_running_loop().create_future()
-        self._start()
+        """Start the workers. To be called once, in the running event loop."""
+        self._begun_at = asyncio.get_running_loop().time()
+        self._metrics.workers.set(len(self._pool.workers))
+        self._pool.begin()
 
-    async def generate(self, job: Job) -> Outcome:
-        """Queue a job and wait for its images; cancelling this call cancels the job.
+    def submit(self, shape: Shape, pictures: tuple[Picture, ...], client: str = "") -> Making:
+        """Queue a request.
+
+        Args:
+            shape: what all its pictures have in common.
+            pictures: what to make, at least one.
+            client: whom it counts for; clients take turns.
 
         Raises:
-            ApiError: when the job is refused, fails, or is not done within the request timeout.
+            ApiError: not_ready, draining or queue_full, each with the time to come back.
         """
-        if self.draining:
-            raise ApiError("draining", "the server is stopping", retry_after_s=RETRY_LATER_S)
-        if self.status.phase != "ready":
-            message = f"the server is not ready: {self.status.reason}"
-            raise ApiError("not_ready", message, retry_after_s=RETRY_LATER_S)
-        if len(self._waiting) >= self._limits.max_queue:
-            message = f"{len(self._waiting)} requests are waiting already, the limit is {self._limits.max_queue}"
-            wait_s = self._service_s * (len(self._waiting) + 1)
-            raise ApiError("queue_full", message, param=None, retry_after_s=wait_s)
-        ticket = _Ticket(job, asyncio.get_running_loop().create_future(), time.monotonic())
-        self._waiting.append(ticket)
+        self._refuse()
+        loop = asyncio.get_running_loop()
+        now = loop.time()
+        deadline = now + self._bounds.request_timeout_s
+        making = Making(shape, pictures, client, arrived=now, deadline=deadline, on_end=self._ended)
+        self._queued.add(making)
+        self._idle.clear()
+        self._deadlines[making] = loop.call_at(deadline, self._expire, making)
+        for part in making.parts:
+            self._queue.put(part)
         self._dispatch()
-        try:
-            async with asyncio.timeout(self._limits.request_timeout_s):
-                return await ticket.future
-        except TimeoutError:
-            message = f"the image was not finished within {self._limits.request_timeout_s:g} s"
-            raise ApiError("deadline_exceeded", message) from None
-        finally:
-            self._abandon(ticket)
+        return making
 
     def drain(self) -> None:
-        """Take no new requests, refuse the waiting ones, let the running one finish."""
+        """Take no new requests, refuse those that wait, let those that have begun finish."""
         self.draining = True
-        self.status.reason = "the server is stopping"
-        while self._waiting:
-            self._fail(self._waiting.popleft(), ApiError("draining", "the server is stopping", retry_after_s=5))
-        self._update_gauges()
+        self._pool.drain()
+        for making in list(self._queued):
+            making.fail(ApiError("draining", "the server is stopping", retry_after_s=RETRY_LATER_S))
+        self._give_up_without_workers()
+        self._dispatch()
 
     async def drained(self) -> None:
-        """Wait until no job is with the worker."""
+        """Wait until no request is on its way."""
         await self._idle.wait()
 
     def close(self) -> None:
-        """Let the worker go, and start no other one."""
+        """Let the workers go, and start no other ones."""
         self.draining = True
-        for timer in (self._start_timer, self._hang_timer):
-            if timer:
-                timer.cancel()
-        if self._link:
-            link, self._link = self._link, None
-            link.close()
+        self._pool.close()
+        if self._linger:
+            self._linger.cancel()
+        for making in [*self._queued, *self._running]:
+            making.fail(self._loss())
+
+    @property
+    def gave_up(self) -> "asyncio.Future[ZopsError] | None":
+        """Ends with the reason when no worker can be started; None before `begin`."""
+        return self._pool.gave_up
 
     @property
     def ready(self) -> bool:
         """Whether a new request would be taken (if the queue is not full)."""
-        return self.status.phase == "ready" and not self.draining
+        return not self.draining and self._pool.ready_count > 0
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for the worker."""
-        return len(self._waiting)
+        """Requests of which no picture has been begun."""
+        return len(self._queued)
 
     @property
     def running(self) -> int:
-        """Requests that the worker works on: 0 or 1."""
-        return int(self._running is not None)
+        """Requests of which a picture has been begun, and that are not finished."""
+        return len(self._running)
 
-    # --- the life of a job
+    @property
+    def facts(self) -> Ready | None:
+        """What the first ready worker runs on; while there is none, what the last one did."""
+        return next((worker.facts for worker in self._pool.workers if worker.ready), self._facts)
 
-    def _dispatch(self) -> None:
-        if self._link and self.status.phase == "ready" and self._running is None and self._waiting:
-            ticket = self._running = self._waiting.popleft()
-            ticket.started = time.monotonic()
-            self._idle.clear()
-            self._link.send(ticket.job)
-        self._update_gauges()
-
-    def _abandon(self, ticket: _Ticket) -> None:
-        """Nobody waits for this ticket any more; does nothing when it was answered."""
-        if ticket in self._waiting:
-            self._waiting.remove(ticket)
-            self._update_gauges()
-        elif ticket is self._running and self._link:
-            self._link.send(Cancel(ticket.job.id))
-            loop = asyncio.get_running_loop()
-            self._hang_timer = loop.call_later(self._cancel_grace_s, self._kill, self._link, "hung")
-
-    def _answered(self, message: Done | Failed | Cancelled) -> None:
-        ticket = self._running
-        if ticket is None or ticket.job.id != message.id:
-            return
-        self._release()
-        now = time.monotonic()
-        match message:
-            case Done():
-                self._losses = 0
-                self._service_s += 0.2 * (now - ticket.started - self._service_s)
-                if not ticket.future.done():
-                    ticket.future.set_result(Outcome(message, ticket.started - ticket.arrived))
-            case Failed():
-                self._fail(ticket, ApiError(message.code, message.message, param=message.param))
-            case Cancelled():
-                pass  # whoever asked for it was answered when it was cancelled
-        self._dispatch()
-
-    def _release(self) -> None:
-        self._running = None
-        self._idle.set()
-        if self._hang_timer:
-            self._hang_timer.cancel()
-            self._hang_timer = None
-
-    @staticmethod
-    def _fail(ticket: _Ticket, error: ApiError) -> None:
-        if not ticket.future.done():
-            ticket.future.set_exception(error)
-
-    # --- the life of a worker
-
-    def _start(self) -> None:
-        if self.draining:
-            return
-        loop = asyncio.get_running_loop()
-        self.status.phase, self.status.reason = "starting", "the worker is being started"
-        self.status.phase_seconds = {}
-        self._killed_because = ""
-        link = self._link = self._start_worker()
-        self.status.pid = link.pid
-        link.listen(loop, self._received, self._lost)
-        self._start_timer = loop.call_later(self._limits.startup_timeout_s, self._kill, link, "start-timeout")
-
-    def _kill(self, link: WorkerLink, because: str) -> None:
-        if link is self._link:
-            self._killed_because = because
-            link.kill()
-
-    def _received(self, link: WorkerLink, message: FromWorker) -> None:
-        if link is not self._link:
-            return
-        match message:
-            case Entered(phase):
-                self.status.phase, self.status.reason = phase, f"the worker is in phase {phase}"
-            case Passed(phase, seconds):
-                self.status.phase_seconds[phase] = round(seconds, 3)
-                self._metrics.start_phase.labels(phase).set(seconds)
-                self._report(Finished(phase, phase, seconds))
-            case Ready():
-                self._became_ready(message)
-            case StartFailed():
-                self.status.phase, self.status.reason = "failed", message.message
-            case _:
-                self._answered(message)
-
-    def _became_ready(self, facts: Ready) -> None:
-        if self._start_timer:
-            self._start_timer.cancel()
-        self._failed_starts = 0
-        self.status.phase, self.status.reason, self.status.facts = "ready", "", facts
-        self._metrics.tell_facts(facts)
-        if facts.device == "cpu" and self._limits.default_size > 64:
-            self._report(Warned("no GPU is visible: serving on the CPU, which takes minutes an image"))
-        self._dispatch()
-
-    def _lost(self, link: WorkerLink) -> None:
-        """Answer for the lost worker and see to the next one."""
-        if link is not self._link:
-            return
-        self._link = None
-        self.status.pid = None
-        if self._start_timer:
-            self._start_timer.cancel()
-        because = self._why_lost()
-        if self._running:
-            error = ApiError("worker_lost", "the worker was lost while it made the image", retry_after_s=RETRY_LATER_S)
-            self._fail(self._running, error)
-            self._release()
-        self._losses += 1
-        if self._failed_starts >= MAX_FAILED_STARTS:
-            self._give_up()
-            return
-        delay_s = min(BACKOFF_LAST_S, BACKOFF_FIRST_S * 2 ** (self._losses - 1))
-        if not self.draining:
-            self.status.restarts += 1
-            self._metrics.worker_restarts.labels(because).inc()
-            self._report(Warned(f"the worker was lost ({self.status.reason}); another one starts in {delay_s:g} s"))
-            asyncio.get_running_loop().call_later(delay_s, self._start)
-        self._update_gauges()
-
-    def _why_lost(self) -> str:
-        """Set phase and reason after a loss and return the reason as a metric's label."""
-        status = self.status
-        was_ready = status.phase == "ready"
-        if self._killed_because == "start-timeout":
-            status.reason = f"it was not ready within {self._limits.startup_timeout_s:g} s (phase {status.phase})"
-        elif self._killed_because == "hung":
-            status.reason = "it did not answer within the request timeout and was killed"
-        elif status.phase != "failed":
-            status.reason = f"its process ended in phase {status.phase}"
-        if not was_ready:
-            self._failed_starts += 1
-        because = self._killed_because or ("died" if was_ready else "start-failed")
-        status.phase = "restarting" if was_ready else "failed"
-        return because
-
-    def _give_up(self) -> None:
-        for ticket in self._waiting:
-            self._fail(ticket, ApiError("not_ready", self.status.reason))
-        self._waiting.clear()
-        self._update_gauges()
-        if self.gave_up and not self.gave_up.done():
-            text = f"the worker failed to start {MAX_FAILED_STARTS} times in a row: {self.status.reason}"
-            self.gave_up.set_result(ZopsError(text, code="worker-start-failed", hint="see the log above for the cause"))
-
-    def _update_gauges(self) -> None:
-        self._metrics.waiting.set(self.waiting)
-        self._metrics.running.set(self.running)
-        self._metrics.ready.set(int(self.ready))
+    def memory_left(self) -> int | None:
+        """Return the least free bytes over the ready workers' devices; None when it cannot be told."""
+        known = [w.facts.memory_free for w in self._pool.workers if w.ready and w.facts]
+        return min((free for free in known if free is not None), default=None)
 
     def snapshot(self) -> dict[str, Any]:
         """Return the state as /readyz shows it."""
-        status, facts = self.status, self.status.facts
+        furthest, facts = self._pool.furthest, self.facts
         return {
-            "phase": "draining" if self.draining else status.phase,
-            "reason": status.reason,
-            "phases": {phase: status.phase_seconds.get(phase) for phase in PHASES},
+            "phase": "draining" if self.draining else furthest.phase,
+            "reason": "the server is stopping" if self.draining else furthest.reason,
+            "phases": {phase: furthest.phase_seconds.get(phase) for phase in PHASES},
             "device": facts.device if facts else None,
             "dtype": facts.dtype if facts else None,
             "versions": dict(facts.versions) if facts else {},
-            "worker": {"pid": status.pid, "restarts": status.restarts},
-            "queue": {"waiting": self.waiting, "running": self.running, "limit": self._limits.max_queue},
+            "workers": [worker.snapshot() for worker in self._pool.workers],
+            "queue": {"waiting": self.waiting, "running": self.running, "limit": self._bounds.max_queue},
         }
+
+    # --- requests
+
+    def _refuse(self) -> None:
+        """Raise when no new request can be taken."""
+        if self.draining:
+            raise ApiError("draining", "the server is stopping", retry_after_s=RETRY_LATER_S)
+        if not self.ready:
+            message = f"the server is not ready: {self._pool.furthest.reason}"
+            raise ApiError("not_ready", message, retry_after_s=RETRY_LATER_S)
+        if self.waiting >= self._bounds.max_queue:
+            message = f"{self.waiting} requests are waiting already, the limit is {self._bounds.max_queue}"
+            raise ApiError("queue_full", message, retry_after_s=self._wait_s())
+
+    def _wait_s(self) -> float:
+        """Guess how long it takes until all that waits now is made."""
+        return self._picture_s * (len(self._queue) + 1) / max(1, self._pool.ready_count)
+
+    def _expire(self, making: Making) -> None:
+        message = f"the image was not finished within {self._bounds.request_timeout_s:g} s"
+        making.fail(ApiError("deadline_exceeded", message))
+
+    def _ended(self, making: Making) -> None:
+        """Forget a request that was answered; stop what is still made for it."""
+        self._deadlines.pop(making).cancel()
+        self._queued.discard(making)
+        self._running.discard(making)
+        if making.state != "succeeded":
+            self._queue.drop(making)
+            for worker in self._pool.workers:
+                for part in self._parts[worker.index].values():
+                    if part.making is making and part.made is None:
+                        worker.send(Cancel(part.picture.id))
+        if not self._queued and not self._running:
+            self._idle.set()
+        self._dispatch()
+
+    # --- batches
+
+    def _dispatch(self) -> None:
+        """Give waiting pictures to idle workers."""
+        while (worker := self._pool.least_loaded()) and (head := self._queue.head()):
+            limit = self._limit(worker, head)
+            if limit > 1:
+                idle = sum(other.idle for other in self._pool.workers)
+                found = self._queue.count(head.shape, limit * idle)
+                if self._lingers(head, found, limit):
+                    break
+                limit = min(limit, -(-found // idle))  # rounded up: no worker idles while another one makes them all
+            self._give(worker, self._queue.take(limit))
+        self._metrics.waiting.set(self.waiting)
+        self._metrics.running.set(self.running)
+        self._metrics.ready.set(int(self.ready))
+        self._metrics.workers_ready.set(self._pool.ready_count)
+
+    def _limit(self, worker: Worker, head: Part) -> int:
+        """Return how many pictures the worker may make at once."""
+        if head.losses or worker.facts is None:
+            return 1
+        limit = largest_batch(head.shape, worker.facts, self._max_batch)
+        return max(1, min(limit, worker.fits.get(head.shape, limit)))
+
+    def _lingers(self, head: Part, found: int, limit: int) -> bool:
+        """Tell whether to wait for others to go with this picture: only after a batch whose clients may come back."""
+        loop = asyncio.get_running_loop()
+        now, until = loop.time(), head.making.arrived + LINGER_S
+        if found >= min(limit, self._crowd) or now >= min(until, self._crowd_until):
+            return False
+        if self._linger is None:
+            self._linger = loop.call_at(until, self._end_linger)
+        return True
+
+    def _end_linger(self) -> None:
+        self._linger = None
+        self._dispatch()
+
+    def _give(self, worker: Worker, parts: list[Part]) -> None:
+        """Have a worker make pictures."""
+        now = asyncio.get_running_loop().time()
+        for part in parts:
+            part.worker, part.forwards = worker.index, 0
+            making = part.making
+            if making in self._queued:
+                self._queued.remove(making)
+                self._running.add(making)
+                making.begin(now)
+                self._metrics.phase_seconds.labels("queue").observe(making.queue_s)
+        self._batches += 1
+        self._parts[worker.index] = {part.picture.id: part for part in parts}
+        self._given_at[worker.index] = now
+        self._metrics.batch_size.observe(len(parts))
+        batch = Batch(self._batches, parts[0].shape, tuple(part.picture for part in parts))
+        worker.make(batch, deadline=max(part.making.deadline for part in parts))
+
+    # --- what the workers tell
+
+    def became_ready(self, worker: Worker) -> None:
+        """Take note that a worker takes batches now."""
+        facts = self._facts = worker.facts
+        if facts is None:
+            return
+        self._metrics.tell_facts(facts)
+        self._metrics.tell_cache(worker.index, facts.cache_bytes, facts.cache_seconds)
+        if self._wants_gpu and facts.device == "cpu":
+            self._report(Warned("no GPU is visible: serving on the CPU, which takes minutes an image"))
+        if worker.restarts == 0:
+            self._pool.tell(worker, "ready", asyncio.get_running_loop().time() - self._begun_at)
+        self._dispatch()
+
+    def received(self, worker: Worker, message: FromWorker) -> None:
+        """Take what a worker says of its batch; what it says of a picture that it was not given means nothing."""
+        parts = self._parts[worker.index]
+        match message:
+            case Beat(batch, forwards) if worker.batch and batch == worker.batch.id:
+                for running in parts.values():
+                    running.forwards = forwards
+            case Preview(picture) if (part := parts.get(picture)) and part.wanted:
+                part.making.show(part, message)
+            case Made(picture) if part := parts.get(picture):
+                self._made(worker, part, message)
+            case Failed(picture, code, text, param) if part := parts.pop(picture, None):
+                part.making.fail(ApiError(code, text, param=param))
+            case Free(batch, fits) if worker.batch and batch == worker.batch.id:
+                self._freed(worker, fits)
+
+    def was_lost(self, worker: Worker) -> None:
+        """Have what a lost worker had made once more, or answer for it."""
+        self._retry_unfinished(worker)
+        self._give_up_without_workers()
+        self._dispatch()
+
+    def _made(self, worker: Worker, part: Part, made: Made) -> None:
+        worker.succeeded()
+        parts = self._parts[worker.index]
+        if not any(other.made for other in parts.values()):
+            for phase, seconds in made.seconds.items():
+                self._metrics.phase_seconds.labels(phase).observe(seconds)
+        if part.wanted:
+            part.making.add(part, made)
+
+    def _freed(self, worker: Worker, fits: int | None) -> None:
+        now = asyncio.get_running_loop().time()
+        parts = self._parts[worker.index].values()
+        seconds = (now - self._given_at[worker.index]) / max(1, len(parts))
+        self._picture_s += _NEWEST * (seconds - self._picture_s)
+        self._crowd, self._crowd_until = len({part.making for part in parts}), now + CROWD_S
+        worker.free(fits)
+        self._retry_unfinished(worker)
+        self._dispatch()
+
+    def _retry_unfinished(self, worker: Worker) -> None:
+        """Queue again, before all others, what a worker had and somebody still waits for; but no picture twice."""
+        parts, self._parts[worker.index] = self._parts[worker.index], {}
+        for part in parts.values():
+            if not part.wanted:
+                continue
+            part.losses += 1
+            part.worker, part.forwards = None, 0
+            if part.losses > 1:
+                part.making.fail(self._loss())
+            else:
+                self._metrics.retried.inc()
+                self._queue.put_back(part)
+
+    def _give_up_without_workers(self) -> None:
+        """Answer for what has begun when the last worker is gone and none will be started."""
+        if self.draining and not any(worker.alive for worker in self._pool.workers):
+            for making in list(self._running):
+                making.fail(self._loss())
+
+    @staticmethod
+    def _loss() -> ApiError:
+        message = "the worker was lost while it made the image"
+        return ApiError("worker_lost", message, retry_after_s=RETRY_LATER_S)

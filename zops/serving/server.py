@@ -1,26 +1,43 @@
-"""`zops serve` from the first check to the last answer: refuse early, start the worker, serve, drain."""
+"""`zops serve` from the first check to the last answer: refuse early, start the workers, serve, drain."""
 
 import asyncio
 import contextlib
 import errno
 import importlib.util
 import json
-import os
 import signal
 import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zops.cache.manifest import Manifest, require_verified
 from zops.errors import HostShort, SnapshotDamaged, UsageError, ZopsError
-from zops.events import Finished, Report
+from zops.events import Finished, Report, Warned
+from zops.serving.keys import KeyRing, published_address
 from zops.spec import Spec
+from zops.spec.keys import is_loopback
 
-EXTRA = ("torch", "diffusers", "transformers", "accelerate", "fastapi", "uvicorn", "PIL", "prometheus_client")
+if TYPE_CHECKING:  # their imports cost time that the workers' start should not wait for
+    from zops.serving.devices import Seat
+    from zops.serving.messages import WorkerSettings
+    from zops.serving.request import Limits
+
+EXTRA = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "accelerate",
+    "fastapi",
+    "uvicorn",
+    "PIL",
+    "prometheus_client",
+    "python_multipart",
+    "tokenizers",
+)
 PIPELINE = "ZImagePipeline"
-# Once the worker is done, clients get this long to read their answers.
+# Once the workers are done, clients get this long to read their answers.
 READ_GRACE_S = 8.0
 
 
@@ -32,6 +49,7 @@ def serve(spec: Spec, snapshot: Path, report: Report, *, log_json: bool = False)
         SnapshotMissing: when there is no verified snapshot.
         SnapshotDamaged: when it changed since it was verified, or is no pipeline that can be served.
         UsageError: when the snapshot is of another model than the one asked for.
+        SpecError: when the file of API keys is missing or broken.
         HostShort: when the port is taken.
     """
     require_extra()
@@ -43,10 +61,26 @@ def serve(spec: Spec, snapshot: Path, report: Report, *, log_json: bool = False)
             code="model-mismatch",
             hint=f"serve it with: --model {manifest.model}",
         )
+    keys = open_keys(spec, report)
     with _listen(spec.serve.host, spec.serve.port) as listener:
-        error = asyncio.run(_serve(spec, snapshot, manifest, listener, report, log_json=log_json))
+        error = asyncio.run(_serve(spec, (snapshot, manifest), keys, listener, report, log_json=log_json))
     if error:
         raise error
+
+
+def open_keys(spec: Spec, report: Report) -> KeyRing | None:
+    """Return the API keys, None where the server is for everybody; that is said unless only this host reaches it.
+
+    Raises:
+        SpecError: when their file is missing or broken.
+    """
+    if spec.serve.api_keys is not None:
+        return KeyRing(spec.serve.api_keys)
+    address = published_address(spec.serve.host)
+    if not is_loopback(address):
+        text = f"no serve.api_keys: whoever reaches port {spec.serve.port} on {address} can make images"
+        report(Warned(f"{text}; see docs/how-to/behind-a-product.md"))
+    return None
 
 
 def require_extra() -> None:
@@ -105,37 +139,50 @@ def _listen(host: str, port: int) -> Iterator[socket.socket]:
 
 
 async def _serve(
-    spec: Spec, snapshot: Path, manifest: Manifest, listener: socket.socket, report: Report, *, log_json: bool
+    spec: Spec,
+    served: tuple[Path, Manifest],
+    keys: KeyRing | None,
+    listener: socket.socket,
+    report: Report,
+    *,
+    log_json: bool,
 ) -> ZopsError | None:
-    """Run worker and HTTP server; return why no worker could be started, None after a stop that was asked for."""
+    """Run workers and HTTP server; return why no worker could be started, None after a stop that was asked for."""
     began = time.monotonic()
+    snapshot, manifest = served
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    from zops.serving.link import start_worker  # noqa: PLC0415 - the signals come first
-    from zops.serving.messages import WorkerSettings  # noqa: PLC0415
-    from zops.serving.metrics import Metrics  # noqa: PLC0415
+    from zops.serving.devices import plan_workers  # noqa: PLC0415 - the signals come first
+    from zops.serving.link import WorkerLink, start_worker  # noqa: PLC0415
     from zops.serving.request import Limits  # noqa: PLC0415
-    from zops.serving.scheduler import Scheduler  # noqa: PLC0415
 
     limits = Limits.of(spec)
-    settings = WorkerSettings(
-        snapshot=str(snapshot),
-        model=spec.model,
-        dtype=spec.serve.dtype,
-        gpus=visible_gpus(spec),
-        forwards=limits.forwards,
-        guidance_scale=limits.guidance_scale,
-        warmup_size=spec.serve.warmup_size,
-    )
+    settings = _worker_settings(spec, snapshot, plan_workers(spec), limits)
+    # Before all else is imported: what the workers import takes longer, and goes on on other cores meanwhile.
+    started = {index: start_worker(each) for index, each in enumerate(settings)}
+
+    def start(index: int) -> WorkerLink:
+        return started.pop(index, None) or start_worker(settings[index])
+
+    from zops.serving.metrics import Metrics  # noqa: PLC0415
+    from zops.serving.scheduler import Scheduler  # noqa: PLC0415
+
     metrics = Metrics(model=spec.model, revision=manifest.revision, manifest_digest=manifest.digest)
-    scheduler = Scheduler(lambda: start_worker(settings), limits, metrics, report=report)
+    scheduler = Scheduler(
+        start,
+        limits,
+        metrics,
+        workers=len(settings),
+        max_batch=None if spec.serve.max_batch == "auto" else spec.serve.max_batch,
+        wants_gpu=spec.gpus != "none",
+        report=report,
+    )
     try:
-        # Before the web framework is imported: the worker's imports take longer, and run on another core meanwhile.
         scheduler.begin()
-        server = _http_server(scheduler, limits, spec.model, (snapshot, manifest), metrics, log_json=log_json)
+        server = _http_server(scheduler, limits, served, keys, metrics, log_json=log_json)
         address = f"http://{spec.serve.host}:{spec.serve.port}"
         report(Finished("listen", f"listening on {address}", time.monotonic() - began))
         return await _until_stopped(server, scheduler, listener, stop)
@@ -143,22 +190,36 @@ async def _serve(
         scheduler.close()
 
 
-def visible_gpus(spec: Spec) -> str | None:
-    """Return what CUDA_VISIBLE_DEVICES must be for the worker; None to keep what the runtime has set."""
-    if spec.gpus == "none":
-        return ""
-    if spec.gpus == "all" or "CUDA_VISIBLE_DEVICES" in os.environ:
-        return None
-    return ",".join(str(gpu) for gpu in spec.gpus)
+def _worker_settings(
+    spec: Spec, snapshot: Path, seats: "tuple[Seat, ...]", limits: "Limits"
+) -> "tuple[WorkerSettings, ...]":
+    from zops.serving.messages import WorkerSettings  # noqa: PLC0415 - see _serve
+
+    return tuple(
+        WorkerSettings(
+            snapshot=str(snapshot),
+            model=spec.model,
+            dtype=spec.serve.dtype,
+            gpus=seat.gpus,
+            forwards=limits.forwards,
+            guidance_scale=limits.guidance_scale,
+            warmup_size=spec.serve.warmup_size,
+            threads=seat.threads,
+        )
+        for seat in seats
+    )
 
 
 def _http_server(
-    scheduler: Any, limits: Any, model: str, served: tuple[Path, Manifest], metrics: Any, *, log_json: bool
+    scheduler: Any, limits: Any, served: tuple[Path, Manifest], keys: KeyRing | None, metrics: Any, *, log_json: bool
 ) -> Any:
     import uvicorn  # noqa: PLC0415 - only once the worker is on its way
 
     from zops.serving.access import AccessLog, set_up_log  # noqa: PLC0415
     from zops.serving.app import Identity, create_app  # noqa: PLC0415
+    from zops.serving.connection import HTTP_SETTINGS, bounded_by  # noqa: PLC0415
+    from zops.serving.gate import Gate  # noqa: PLC0415
+    from zops.serving.idempotency import Idempotency  # noqa: PLC0415
 
     class Server(uvicorn.Server):
         """uvicorn without its own signal handling: it would close the socket before the probes can say why."""
@@ -168,11 +229,14 @@ def _http_server(
             yield
 
     snapshot, manifest = served
-    identity = Identity(model, manifest.revision, manifest.digest, snapshot)
-    app = AccessLog(create_app(scheduler, limits, identity, metrics), set_up_log(as_json=log_json))
+    identity = Identity(manifest.model, manifest.revision, manifest.digest, snapshot)
+    app = create_app(scheduler, limits, identity, metrics, keyed=keys is not None)
+    gate = Gate(Idempotency(app, metrics, limits), keys, metrics)
     return Server(
         uvicorn.Config(
-            app,
+            AccessLog(gate, set_up_log(as_json=log_json)),
+            http=bounded_by(metrics),
+            **HTTP_SETTINGS,
             access_log=False,
             log_config=None,
             lifespan="off",

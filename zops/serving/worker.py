@@ -1,9 +1,11 @@
-"""The worker: the one process that owns the pipeline. Importing this module imports no torch.
+"""The worker: the one process that owns a pipeline. Importing this module imports no torch.
 
-It runs one job at a time, because a pipeline called by two threads mixes up images. A second thread reads the pipe, so
-that a cancellation is seen between two forwards, and the end of the HTTP process at any time.
+It makes one batch at a time, because a pipeline called by two threads mixes up images. A second thread reads the pipe,
+so that a cancellation is seen between two forwards, and the end of the HTTP process at any time; a third one tells
+every half second that the worker lives.
 """
 
+import contextlib
 import os
 import queue
 import signal
@@ -11,69 +13,75 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
 from zops.errors import ZopsError
-from zops.serving.generate import Interrupted, count_tokens, find_fault, make_images, to_rgb
-from zops.serving.loader import Loaded, WarmupFailed, load
-from zops.serving.messages import (
-    MAX_PROMPT_TOKENS,
-    Answer,
-    Cancel,
-    Cancelled,
-    Done,
-    Failed,
-    Job,
-    RawImage,
-    StartFailed,
-    WorkerSettings,
-)
+from zops.serving.batch import DeviceLost, Maker, Progress
+from zops.serving.loader import WarmupFailed, load
+from zops.serving.messages import BEAT_S, Batch, Beat, Cancel, Free, FromWorker, StartFailed, ToWorker, WorkerSettings
 
 ORPHAN_GRACE_S = 1.5
 
 
-def main(connection: "Connection[Any, Any]", settings: WorkerSettings) -> None:
-    """Load, then answer jobs until the other end of the pipe is closed."""
+def main(connection: "Connection[ToWorker, FromWorker]", settings: WorkerSettings) -> None:
+    """Load, then make batches until the other end of the pipe is closed."""
     # A terminal's Ctrl-C and an engine's SIGTERM reach the whole group; the HTTP process decides when we end.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    inbox = Inbox(connection)
+    outbox, inbox, progress = Outbox(connection), Inbox(connection), Progress()
+    heart = Heart(outbox.send, progress)
     try:
-        loaded = load(settings, connection.send)
+        loaded = load(settings, outbox.send)
     except Exception as error:  # noqa: BLE001 - whatever it is, the HTTP process must be able to tell it
         if not isinstance(error, ZopsError | WarmupFailed):
             traceback.print_exc()
-        connection.send(StartFailed(str(error) or type(error).__name__))
+        outbox.send(StartFailed(str(error) or type(error).__name__))
         sys.exit(1)
-    connection.send(loaded.ready)
-    while (job := inbox.next_job()) is not None:
-        answer, usable = _answer(loaded, job, inbox)
-        if not inbox.closed:
-            connection.send(answer)
-        if not usable:
-            sys.exit(1)
+    heart.memory = loaded.memory
+    outbox.send(loaded.ready)
+    maker = Maker(loaded.pipelines, loaded.projection, outbox.send, inbox.cancelled, progress)
+    while (batch := inbox.next_batch()) is not None:
+        try:
+            fits = maker.make(batch)
+        except DeviceLost:
+            sys.exit(1)  # the traceback is in the log; what was not answered is tried again elsewhere
+        outbox.send(Free(batch.id, fits))
+
+
+class Outbox:
+    """The way to the HTTP process, for several threads."""
+
+    def __init__(self, connection: "Connection[Any, Any]") -> None:
+        self._connection = connection
+        self._lock = threading.Lock()
+
+    def send(self, message: FromWorker) -> None:
+        """Send one message whole. When nobody is there any more it is dropped: `Inbox` sees to the end."""
+        with self._lock, contextlib.suppress(OSError):
+            self._connection.send(message)
 
 
 class Inbox:
     """What the HTTP process sends, read by a thread of its own."""
 
     def __init__(self, connection: "Connection[Any, Any]") -> None:
-        self.closed = False
         self._connection = connection
-        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._closed = False
+        self._batches: queue.SimpleQueue[Batch | None] = queue.SimpleQueue()
         self._cancelled: set[str] = set()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def next_job(self) -> Job | None:
-        """Wait for the next job; None when the HTTP process is gone. What was cancelled before is forgotten."""
-        job = self._jobs.get()
-        self._cancelled &= {job.id} if job else set()
-        return job
+    def next_batch(self) -> Batch | None:
+        """Wait for the next batch; None when the HTTP process is gone. What was cancelled before is forgotten."""
+        batch = self._batches.get()
+        self._cancelled &= {picture.id for picture in batch.pictures} if batch else set()
+        return batch
 
-    def cancelled(self, job: Job) -> bool:
-        """Tell whether nobody waits for the job any more."""
-        return self.closed or job.id in self._cancelled
+    def cancelled(self, picture: str) -> bool:
+        """Tell whether nobody waits for a picture any more."""
+        return self._closed or picture in self._cancelled
 
     def _read(self) -> None:
         while True:
@@ -81,58 +89,28 @@ class Inbox:
                 message = self._connection.recv()
             except (EOFError, OSError):
                 # The HTTP process is gone; what still runs is for nobody. End in order if that is quick, end anyway.
-                self.closed = True
-                self._jobs.put(None)
+                self._closed = True
+                self._batches.put(None)
                 time.sleep(ORPHAN_GRACE_S)
                 os._exit(0)
             if isinstance(message, Cancel):
-                self._cancelled.add(message.id)
+                self._cancelled.add(message.picture)
             else:
-                self._jobs.put(message)
+                self._batches.put(message)
 
 
-def _answer(loaded: Loaded, job: Job, inbox: Inbox) -> tuple[Answer, bool]:
-    """Run one job; return its answer and whether the worker is still fit for the next one."""
-    try:
-        return _run(loaded.pipeline, job, inbox), True
-    except Interrupted:
-        return Cancelled(job.id), True
-    except Exception as error:  # noqa: BLE001 - the request is answered, the log has the traceback
-        traceback.print_exc()
-        import torch  # noqa: PLC0415 - imported already
+class Heart:
+    """Tells every `BEAT_S` that the worker lives, from its start on, whatever its other threads do."""
 
-        if isinstance(error, torch.OutOfMemoryError):
-            torch.cuda.empty_cache()
-            message = f"the device ran out of memory at {job.width}x{job.height}; ask for a smaller image"
-            return Failed(job.id, "out_of_memory", message), True
-        # After any other error in its midst CUDA often answers every call with the same error: start afresh.
-        return Failed(job.id, "generation_failed", f"the worker failed: {type(error).__name__}"), False
+    def __init__(self, send: Callable[[Beat], None], progress: Progress) -> None:
+        self.memory: Callable[[], tuple[int, int] | None] = lambda: None
+        """Returns used and total bytes of the device. Replaced once the device is there."""
+        self._send = send
+        self._progress = progress
+        threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
-
-def _run(pipeline: Any, job: Job, inbox: Inbox) -> Answer:
-    began = time.monotonic()
-    tokens = count_tokens(pipeline, job.prompt)
-    if tokens > MAX_PROMPT_TOKENS:
-        message = f"the prompt has {tokens} tokens with its template, the limit is {MAX_PROMPT_TOKENS}; shorten it"
-        return Failed(job.id, "prompt_too_long", message, param="prompt")
-    images = []
-    # One by one: at 1024x1024 a batch is no faster than its images in a row (0.743 against 0.787 images a second,
-    # eager, H200), needs more memory, and this way image i of n is to the bit what its seed gives alone.
-    for seed in job.seeds:
-        if inbox.cancelled(job):
-            return Cancelled(job.id)
-        pixels = make_images(
-            pipeline,
-            [job.prompt],
-            [seed],
-            width=job.width,
-            height=job.height,
-            forwards=job.forwards,
-            guidance_scale=job.guidance_scale,
-            cancelled=lambda: inbox.cancelled(job),
-        )[0]
-        # A user may ask for a black picture, so only what cannot be a picture at all is thrown away here.
-        if find_fault(pixels) == "not a number":
-            return Failed(job.id, "image_invalid", f"the image of seed {seed} has values that are no numbers")
-        images.append(RawImage(job.width, job.height, seed, to_rgb(pixels)))
-    return Done(job.id, tuple(images), tokens, time.monotonic() - began)
+    def _beat(self) -> None:
+        while True:
+            used, total = self.memory() or (None, None)
+            self._send(Beat(self._progress.batch, self._progress.forwards, used, total))
+            time.sleep(BEAT_S)

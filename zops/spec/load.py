@@ -19,9 +19,11 @@ from zops.spec.model import ENV_PREFIX, Spec, fields, variable
 FILE_NAMES = ("zops.yaml", "zops.yml")
 SYSTEM_FILE = Path("/etc/zops/zops.yaml")
 # Variables that steer the program itself and are no part of the specification.
-RESERVED_VARIABLES = frozenset({"ZOPS_FILE", "ZOPS_DEBUG", "ZOPS_OUTPUT", "ZOPS_STATE_DIR", "ZOPS_SNAPSHOT"})
+RESERVED_VARIABLES = frozenset({
+    "ZOPS_FILE", "ZOPS_DEBUG", "ZOPS_OUTPUT", "ZOPS_STATE_DIR", "ZOPS_SNAPSHOT", "ZOPS_API_KEY", "ZOPS_PUBLISHED",
+})  # fmt: skip
 # Keys that hold a path of this host (or, the second and third, perhaps a URL).
-PATHS = ("cache.dir", "source.path", "backup.to", "image.wheels", "image.ca")
+PATHS = ("cache.dir", "source.path", "backup.to", "image.wheels", "image.ca", "serve.api_keys")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +83,7 @@ def load(
     merged: dict[str, Any] = {}
     origins = {path: Origin("default") for path, _ in fields()}
     if found:
-        tree, lines = _read_yaml(found)
+        tree, lines = read_yaml(found)
         _merge_file(tree, lines, found, merged, origins)
     warnings = _merge_environment(environ, merged, origins)
     for path, (flag, value) in (flags or {}).items():
@@ -104,12 +106,21 @@ def _anchor(merged: dict[str, Any], origins: Mapping[str, Origin], file: Path | 
         text = (merged.get(section) or {}).get(key)
         if isinstance(text, str) and text and "://" not in text:
             base = file.parent if file and origins[path].kind == "file" else Path.cwd()
+            try:
+                expanded = Path(text).expanduser()
+            except RuntimeError:
+                where = origins[path].where or path
+                raise SpecError(f"{where}: {path} is {text!r}: there is no such home directory", path=path) from None
             # Not resolve(): it would follow the operator's links, and a link may be the point of a path.
-            merged[section][key] = os.path.abspath(base / Path(text).expanduser())  # noqa: PTH100
+            merged[section][key] = os.path.abspath(base / expanded)  # noqa: PTH100
 
 
-def _read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
-    """Parse a YAML file and the line of each key; refuse anything but a mapping, and duplicate keys."""
+def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
+    """Parse a YAML file and the line of each key; refuse anything but a mapping, and duplicate keys.
+
+    Raises:
+        SpecError: naming file and line.
+    """
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         lines: dict[str, int] = {}

@@ -78,10 +78,34 @@ class Serve(_Section):
     )
     max_pixels: int = Field(2048 * 2048, ge=256, description="width x height of the largest image that is accepted")
     max_images: int = Field(4, ge=1, le=10, description="largest n of one request")
+    workers: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
+        "auto", description="auto: one a visible GPU, or one on the CPU"
+    )
+    max_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
+        "auto", description="most images made together; auto: what was measured to pay on this GPU and size, else 1"
+    )
     max_queue: int = Field(16, ge=1, le=4096, description="requests that may wait before new ones get 429")
     warmup_size: int = Field(512, ge=16, le=4096, multiple_of=16, description="edge of the warm-up and canary image")
     request_timeout_s: float = Field(120, gt=0, le=3600, description="longest that one request may take")
     startup_timeout_s: float = Field(900, gt=0, le=7200, description="longest wait for an instance to become ready")
+    long_prompts: Literal["refuse", "truncate"] = Field(
+        "refuse", description="truncate: a prompt of more than 512 tokens is cut, and its receipt says so"
+    )
+    log_prompts: bool = Field(default=False, description="write prompts into the access log")
+    mark_images: bool = Field(
+        default=True, description="write into each image, for machines to read, that it was made by a model"
+    )
+    max_upload: ByteSize = Field(ByteSize(20 << 20), ge=1024, description="largest image that may be sent for an edit")
+    results_bytes: ByteSize = Field(ByteSize(256 << 20), description="memory for images that are answered as a URL")
+    results_keep_s: float = Field(3600, gt=0, le=86400, description="how long an image can be fetched from its URL")
+    public_url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s?#]+$",
+        description="what URLs of images begin with; the request's host when empty",
+    )
+    api_keys: Path | None = Field(
+        None, description="file of API keys, in a directory of its own (see zops key); open to everybody when empty"
+    )
 
     @field_validator("dtype", mode="before")
     @classmethod
@@ -187,6 +211,8 @@ def type_name(annotation: object) -> str:
     if annotation is Gpus:
         return "all | none | list"
     origin = typing.get_origin(annotation)
+    if origin is Annotated:
+        return type_name(typing.get_args(annotation)[0])
     if origin is Literal:
         return " | ".join(str(value) for value in typing.get_args(annotation))
     if origin in {typing.Union, types.UnionType}:

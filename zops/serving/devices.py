@@ -1,0 +1,74 @@
+"""Which workers to start: one for each GPU that this process may use, found without CUDA."""
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from zops.errors import HostShort
+from zops.host.gpu import GpuFacts, read_gpus
+from zops.spec import Spec
+
+VISIBLE = "CUDA_VISIBLE_DEVICES"
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """Where one worker runs."""
+
+    gpus: str | None
+    """Its CUDA_VISIBLE_DEVICES: one GPU, "" for none, None to leave the environment as it is."""
+    threads: int | None = None
+    """Threads of a worker on the CPU; None leaves torch's own choice."""
+
+
+def plan_workers(
+    spec: Spec, environ: Mapping[str, str] = os.environ, read: Callable[[], GpuFacts] = read_gpus
+) -> tuple[Seat, ...]:
+    """Return a seat for each worker: `serve.workers` of them, or one a visible GPU, or one on the CPU.
+
+    What the runtime has set as CUDA_VISIBLE_DEVICES is kept, and divided. Else NVML counts the GPUs; they are named by
+    UUID, because CUDA numbers them in another order (fastest first) than NVML and nvidia-smi do (by PCI bus).
+
+    Raises:
+        HostShort: when more workers are asked for than GPUs are visible.
+    """
+    wanted = None if spec.serve.workers == "auto" else spec.serve.workers
+    gpus = [] if spec.gpus == "none" else _visible(spec, environ, read)
+    if not gpus:
+        return _on_cpu(wanted or 1, None if spec.gpus != "none" else "")
+    if wanted is not None and wanted > len(gpus):
+        raise HostShort(
+            f"serve.workers is {wanted}, but {len(gpus)} GPUs are visible and each takes one worker",
+            code="gpu-missing",
+            hint="set serve.workers: auto, or give the instance more GPUs with: gpus: all",
+            visible=len(gpus),
+        )
+    # A lone GPU needs no name, so that one which NVML does not tell by its right name (MIG) works as well.
+    alone = len(gpus) == 1 and (VISIBLE in environ or spec.gpus == "all")
+    return tuple(Seat(None if alone else gpu) for gpu in gpus[:wanted])
+
+
+def _visible(spec: Spec, environ: Mapping[str, str], read: Callable[[], GpuFacts]) -> list[str]:
+    """Return the names of the visible GPUs; empty when there is none or it cannot be told."""
+    if VISIBLE in environ:
+        return _listed(environ[VISIBLE])
+    found = read().gpus
+    if spec.gpus == "all":
+        return [gpu.uuid for gpu in found]
+    names = {gpu.index: gpu.uuid for gpu in found}
+    return [str(names.get(gpu, gpu) if isinstance(gpu, int) else gpu) for gpu in spec.gpus]
+
+
+def _listed(text: str) -> list[str]:
+    """Split a CUDA_VISIBLE_DEVICES as CUDA does: what follows the first invalid entry is not visible."""
+    names: list[str] = []
+    for name in (part.strip() for part in text.split(",")):
+        if not (name.isdecimal() or name.startswith(("GPU-", "MIG-"))) or name in names:
+            break
+        names.append(name)
+    return names
+
+
+def _on_cpu(count: int, gpus: str | None) -> tuple[Seat, ...]:
+    threads = None if count == 1 else max(1, len(os.sched_getaffinity(0)) // count)
+    return tuple(Seat(gpus, threads) for _ in range(count))
