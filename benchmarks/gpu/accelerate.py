@@ -8,9 +8,7 @@ Seconds are of whole calls, from prompts to 8-bit pixels on the host, text encod
 """
 
 import argparse
-import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -19,100 +17,15 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.stages import Book, clocks, free, gpu_seconds, profile, timed, wait
-from zops.serving.accelerate import decoder, gate, preset
-from zops.serving.accelerate.attention import NATIVE, probe
+from benchmarks.gpu.stages import clocks, free, profile, timed, wait
+from benchmarks.gpu.studies import Studies
+from benchmarks.gpu.workbench import new_prompt
+from zops.serving.accelerate import decoder, preset
 from zops.serving.accelerate.rows import PLAIN
 
-PROMPT = "a lighthouse on a cliff at sunrise, photograph"
-GB = 1e9
 
-
-class Bench:
-    def __init__(self, asked: argparse.Namespace) -> None:
-        self.asked = asked
-        self.tiny = not torch.cuda.is_available()
-        self.device = torch.device("cpu" if self.tiny else "cuda")
-        self.dtype = torch.float32 if self.tiny else torch.bfloat16
-        self.big, self.small = (128, 64) if self.tiny else (1024, 512)
-        self.book = Book(asked.out, asked.budget_s)
-        self.references: list[torch.Tensor] = []
-        self.latents: list[torch.Tensor] = []
-
-    def pipeline(self, dtype: torch.dtype | None = None) -> Any:
-        if self.asked.snapshot:
-            import diffusers
-
-            pipeline = diffusers.ZImagePipeline.from_pretrained(
-                str(self.asked.snapshot), dtype=dtype or self.dtype, local_files_only=True,
-                **({} if self.tiny else {"device_map": "cuda"}),
-            )  # fmt: skip
-            pipeline.set_progress_bar_config(disable=True)
-            return pipeline
-        from benchmarks.gpu.synthetic import build
-
-        return build("tiny" if self.tiny else "full", self.device, dtype or self.dtype)
-
-    def call(self, applied: preset.Applied, size: int, *, batch: int = 1, forwards: int = 8) -> Callable[[], Any]:
-        noise = self.noise(size, batch)
-
-        def work() -> Any:
-            embeds = applied.encode([PROMPT] * batch)
-            return preset.to_rgb(applied.decode(applied.denoise(embeds, noise, forwards=forwards)))
-
-        return work
-
-    def latents_only(self, applied: preset.Applied, size: int, *, batch: int = 1) -> Callable[[], Any]:
-        noise = self.noise(size, batch)
-        embeds = applied.encode([PROMPT] * batch)
-        return lambda: applied.denoise(embeds, noise, forwards=8)
-
-    def noise(self, size: int, batch: int) -> torch.Tensor:
-        generator = torch.Generator().manual_seed(0)
-        return torch.randn(batch, 16, size // 8, size // 8, generator=generator).to(self.device)
-
-    def parts(self, applied: preset.Applied, size: int, figures: dict[str, Any], *, runs: int = 5) -> None:
-        """Measure the whole call and each stage of it."""
-        figures["call"] = timed(self.call(applied, size), runs=runs)
-        figures["denoise"] = timed(self.latents_only(applied, size), runs=runs)
-        figures["encode"] = timed(lambda: applied.encode([PROMPT]), runs=runs)
-        latents = self.latents_only(applied, size)()
-        figures["decode"] = timed(lambda: applied.decode(latents), runs=runs)
-        pixels = applied.decode(latents)
-        figures["to_rgb"] = timed(lambda: preset.to_rgb(pixels), runs=runs)
-
-    def quality(self, applied: preset.Applied, figures: dict[str, Any], name: preset.Preset = "bf16") -> None:
-        """Compare decoded images and latents with eager's."""
-        images, latents = self.rendered(applied)
-        verdict = gate.judge(name, images, self.references)
-        figures["psnr_db"] = [round(gate.psnr_db(a, b), 2) for a, b in zip(images, self.references, strict=True)]
-        figures["ssim"] = round(verdict.ssim, 4)
-        figures["gate"] = verdict.trouble or "passed"
-        figures["latents_relative_error"] = [
-            round(float((a - b).norm() / b.norm()), 5) for a, b in zip(latents, self.latents, strict=True)
-        ]
-
-    def rendered(self, applied: preset.Applied) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        images, kept = [], []
-        for seed, prompt in enumerate(gate.PROMPTS[:2]):
-            noise = torch.randn(1, 16, self.big // 8, self.big // 8, generator=torch.Generator().manual_seed(seed))
-            latents = applied.denoise(applied.encode([prompt]), noise.to(self.device), forwards=8)
-            kept.append(latents.float().cpu())
-            images.append(applied.decode(latents)[0].float().cpu())
-        return images, kept
-
-    def peak(self, figures: dict[str, Any], work: Callable[[], object]) -> None:
-        if self.tiny:
-            return
-        free()
-        figures["resident_gb"] = round(torch.cuda.memory_allocated() / GB, 2)
-        torch.cuda.reset_peak_memory_stats()
-        work()
-        wait()
-        figures["peak_gb"] = round(torch.cuda.max_memory_allocated() / GB, 2)
-        figures["peak_reserved_gb"] = round(torch.cuda.max_memory_reserved() / GB, 2)
-
-    # --- stages, the most important first -------------------------------------------------------------------------
+class Bench(Studies):
+    # Stages, the most important first.
 
     def facts(self) -> None:
         with self.book.stage("facts", 60) as figures:
@@ -129,42 +42,6 @@ class Bench:
 
                 figures["versions"]["triton"] = triton.__version__
                 figures["versions"]["cudnn"] = torch.backends.cudnn.version()
-
-    def ceilings(self) -> None:
-        with self.book.stage("ceilings", 60) as figures:
-            if self.tiny:
-                return
-            from zops.serving.accelerate.kernels import quantise
-
-            shapes = {"cube": (8192, 8192, 8192), "qkv": (4160, 3840, 11520), "out": (4160, 3840, 3840),
-                      "up": (4160, 3840, 20480), "down": (4160, 10240, 3840)}  # fmt: skip
-            for name, (m, k, n) in shapes.items():
-                a = torch.randn(m, k, device="cuda", dtype=torch.bfloat16)
-                b = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
-                flops = 2 * m * k * n
-                figures[f"bf16 {name} TFLOP/s"] = round(flops / gpu_seconds(lambda a=a, b=b: a @ b.t()) / 1e12)
-                qa, qb = quantise(a), quantise(b)
-                for fast in (True, False):
-                    seconds = gpu_seconds(
-                        lambda qa=qa, qb=qb, fast=fast: torch._scaled_mm(  # noqa: SLF001 - there is no other way
-                            qa.values, qb.values.t(), scale_a=qa.scales, scale_b=qb.scales.view(1, -1),
-                            out_dtype=torch.bfloat16, use_fast_accum=fast,
-                        )
-                    )  # fmt: skip
-                    figures[f"fp8 {name}{'' if fast else ' exact sums'} TFLOP/s"] = round(flops / seconds / 1e12)
-            flops = 4 * 4160**2 * 3840
-            for backend in probe(self.device, self.dtype, heads=30, head=128, tokens=4160):
-                figures[f"attention {backend.name}"] = backend.trouble or {
-                    "ms": round(backend.seconds * 1e3, 4),
-                    "TFLOP/s": round(flops / backend.seconds / 1e12),
-                    "error": round(backend.error, 5),
-                }
-            qkv = torch.randn(1, 4160, 3, 30, 128, device="cuda", dtype=torch.bfloat16)
-            seconds = gpu_seconds(lambda: NATIVE.attend(*qkv.unbind(2)))
-            figures["attention native by events TFLOP/s"] = round(flops / seconds / 1e12)
-            x = torch.empty(2**30, device="cuda", dtype=torch.int8)
-            y = torch.empty_like(x)
-            figures["copy TB/s"] = round(2 * x.numel() / gpu_seconds(lambda: y.copy_(x)) / 1e12, 2)
 
     def kernels(self) -> None:
         """Hold the kernels to their definition on this GPU, and say how fast they move bytes."""
@@ -194,7 +71,7 @@ class Bench:
 
             def seeds_way(forwards: int) -> Callable[[], Any]:
                 return lambda: pipeline(
-                    prompt=[PROMPT], latents=noise, height=self.big, width=self.big,
+                    prompt=[new_prompt()], latents=noise, height=self.big, width=self.big,
                     num_inference_steps=forwards, guidance_scale=0.0, output_type="np",
                 )  # fmt: skip
 
@@ -227,11 +104,12 @@ class Bench:
         # The blocks are fused now; what follows is put together by hand so that no weight is touched twice.
         with self.book.stage("+ text encoder without padding", 30) as figures:
             encode = preset.TextEncoder(pipeline)
-            figures["tokens"] = len(encode([PROMPT])[0])
-            old, new = before.encode([PROMPT])[0].float(), encode([PROMPT])[0].float()
+            figures["tokens"] = len(encode([new_prompt()])[0])
+            prompt = new_prompt()
+            old, new = before.encode([prompt])[0].float(), encode([prompt])[0].float()
             figures["relative_error"] = round(float((old - new).norm() / old.norm()), 5)
             applied = preset.replace(applied, encode=encode)
-            figures["encode"] = timed(lambda: encode([PROMPT]))
+            figures["encode"] = timed(lambda: encode([new_prompt()]))
             figures["call"] = timed(self.call(applied, self.big))
         applied = self.decoder_step(pipeline, before, applied)
         with self.book.stage("+ attention by probe", 30) as figures:
@@ -269,11 +147,6 @@ class Bench:
             figures["call"] = timed(self.call(applied, self.big))
             figures["profile"] = profile(lambda: decode(latents))
         return applied
-
-    @staticmethod
-    def without_graphs(applied: preset.Applied, pipeline: Any) -> preset.Applied:
-        plain = preset.Denoiser(pipeline.transformer, pipeline.scheduler)
-        return preset.replace(applied, denoise=plain, encode=preset.TextEncoder(pipeline))
 
     def share_of_floor(self, figures: dict[str, Any]) -> None:
         ceilings = self.book.results.get("ceilings", {})
@@ -332,103 +205,6 @@ class Bench:
             self.parts(applied, self.big, figures)
             figures["512"] = timed(self.call(applied, self.small))
 
-    def quality_of_parts(self) -> None:
-        """Say which products cost fp8 its quality: each kept in bf16 in turn; and fp8 of the transformer alone."""
-        for name, keep in (("all in fp8, text in bf16", ()), ("down in bf16", ("down",)), ("out in bf16", ("out",))):
-            with self.book.stage(f"fp8 quality: {name}", 60) as figures:
-                pipeline = self.pipeline()
-                sources = (
-                    [block.feed_forward.w2.weight for block in pipeline.transformer.layers]
-                    if "down" in keep
-                    else (
-                        [block.attention.to_out[0].weight for block in pipeline.transformer.layers]
-                        if "out" in keep
-                        else []
-                    )
-                )
-                applied = preset.apply(pipeline, "fp8", graphs=False)
-                for block, weight in zip(pipeline.transformer.layers, sources, strict=False):
-                    setattr(block, keep[0], preset_linear(weight))
-                self.quality(applied, figures, "fp8")
-                figures["denoise"] = timed(self.latents_only(applied, self.big), runs=3)
-                del pipeline, applied
-
-    def inductor(self) -> None:
-        """Do the same by Inductor: regional compile of the fused blocks, and of the decoder."""
-        pipeline = self.pipeline()
-        from zops.serving.accelerate.compile import compile_blocks, compile_decoder
-
-        with self.book.stage("bf16 by Inductor", 120) as figures:
-            applied = preset.apply(pipeline, "bf16", graphs=False, fused_decoder=False, probe_attention=False)
-            compile_blocks(pipeline.transformer)
-            first = time.perf_counter()
-            work = self.latents_only(applied, self.big)
-            work()
-            wait()
-            figures["first_call_s"] = round(time.perf_counter() - first, 2)
-            figures["denoise"] = timed(work)
-        with self.book.stage("decoder by Inductor", 90) as figures:
-            compile_decoder(pipeline.vae)
-            latents = self.latents[0].to(self.device) if self.latents else self.noise(self.big, 1)
-            decode = preset.apply(pipeline, "eager").decode
-            first = time.perf_counter()
-            decode(latents)
-            wait()
-            figures["first_call_s"] = round(time.perf_counter() - first, 2)
-            figures["decode"] = timed(lambda: decode(latents))
-
-    def truth(self) -> None:
-        """Compare eager bf16 itself with float32, so that decibels between presets can be judged."""
-        with self.book.stage("eager against float32", 60) as figures:
-            applied = preset.apply(self.pipeline(torch.float32), "eager")
-            images, latents = self.rendered(applied)
-            figures["psnr_db"] = [round(gate.psnr_db(a, b), 2) for a, b in zip(self.references, images, strict=True)]
-            figures["latents_relative_error"] = [
-                round(float((a - b).norm() / b.norm()), 5) for a, b in zip(self.latents, latents, strict=True)
-            ]
-
-    def starts(self) -> None:
-        """Time the first image of a fresh process with its kernels compiled by an earlier one, and without."""
-        if self.tiny:
-            return
-        for name in ("cold", "warm"):
-            with self.book.stage(f"first image, kernels {name}", 90) as figures:
-                cache = self.asked.out.parent / "triton-cache"
-                environment = os.environ | {
-                    "TRITON_CACHE_DIR": str(cache),
-                    "TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"),
-                }
-                ended = subprocess.run(
-                    [sys.executable, "-m", "benchmarks.gpu.accelerate", "--first-image", "--out", str(self.asked.out)],
-                    env=environment, capture_output=True, text=True, timeout=85, check=False,
-                )  # fmt: skip
-                figures.update(
-                    json.loads(ended.stdout.splitlines()[-1])
-                    if ended.returncode == 0
-                    else {"trouble": ended.stderr[-800:]}
-                )
-        import shutil
-
-        shutil.rmtree(self.asked.out.parent / "triton-cache", ignore_errors=True)
-
-    def first_image(self) -> None:
-        pipeline = self.pipeline()
-        wait()
-        figures = {}
-        marks = [time.perf_counter()]
-        applied = preset.apply(pipeline, "fp8", fp8_text=True)
-        wait()
-        marks.append(time.perf_counter())
-        for name in ("first", "second", "third"):
-            self.call(applied, self.big)()
-            marks.append(time.perf_counter())
-            figures[f"{name}_call_s"] = round(marks[-1] - marks[-2], 3)
-        for name in ("first", "second"):
-            began = time.perf_counter()
-            self.call(applied, self.small)()
-            figures[f"{name}_call_of_another_size_s"] = round(time.perf_counter() - began, 3)
-        print(json.dumps({"apply_s": round(marks[1] - marks[0], 3), **figures}))
-
     def run(self) -> None:
         stages = [self.facts, self.kernels, self.ceilings, self.eager, self.fp8, self.steps]
         if not self.asked.quick:
@@ -455,12 +231,6 @@ class Bench:
                 if key in figures
             }
             print(f"{name:<36} {cells[0]:>8} {cells[1]:>8} {cells[2]:>8} {cells[3]:>8}  {more or ''}")
-
-
-def preset_linear(weight: torch.Tensor) -> Any:
-    from zops.serving.accelerate.fp8 import Linear
-
-    return Linear(weight)
 
 
 def main() -> None:

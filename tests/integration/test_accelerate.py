@@ -10,7 +10,7 @@ torch = pytest.importorskip("torch")
 from zops.serving.accelerate import denoise, gate  # noqa: E402 - torch may be missing
 from zops.serving.accelerate.attention import attend_natively, attend_packed, probe, runs  # noqa: E402
 from zops.serving.accelerate.decoder import FusedDecoder  # noqa: E402
-from zops.serving.accelerate.fp8 import Fp8Linear, linear  # noqa: E402
+from zops.serving.accelerate.fp8 import Fp8Linear, stacked  # noqa: E402
 from zops.serving.accelerate.fused import fuse_blocks  # noqa: E402
 from zops.serving.accelerate.preset import apply, to_rgb  # noqa: E402
 from zops.serving.accelerate.rows import PLAIN  # noqa: E402
@@ -177,15 +177,21 @@ def test_fp8_must_stay_near_and_say_that_it_was_not_multiplied_directly(pipeline
     assert "fp8 products" not in applied.done
 
 
+def as_linear(weight):
+    layer = torch.nn.Linear(weight.shape[1], weight.shape[0], bias=False)
+    layer.weight.data = weight
+    return layer
+
+
 def test_an_fp8_product_must_be_within_its_format():
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(40, 64, generator=generator), torch.randn(48, 64, generator=generator)
     x[3] *= 1000  # a token of large values must not cost the others
-    layer = linear(weight, fp8=True)
+    layer = stacked(as_linear(weight), fp8=True)
     assert isinstance(layer, Fp8Linear)
     got, expected = layer(PLAIN.quantise(x)), x @ weight.T
     assert float(((got - expected).norm(dim=1) / expected.norm(dim=1)).max()) < 0.06
-    assert not linear(weight[:, :40], fp8=True).takes_fp8
+    assert not stacked(as_linear(weight[:, :40]), fp8=True).takes_fp8
 
 
 def test_rows_of_zeros_must_quantise_to_zeros():
@@ -214,8 +220,8 @@ def test_the_probe_must_put_what_works_first_and_say_what_is_wrong_with_the_rest
 def test_the_schedule_must_be_the_schedulers(pipeline, skip):
     schedule = make_schedule(pipeline.scheduler, 8, tokens=4096, skip=skip)
     assert len(schedule) == 8 - skip
-    assert math.isclose(sum(schedule.changes), -schedule.first_sigma, rel_tol=1e-6)
-    assert skip or schedule.first_sigma == 1.0
+    assert math.isclose(sum(schedule.changes), -schedule.sigmas[0], rel_tol=1e-6)
+    assert skip or schedule.sigmas[0] == 1.0
 
 
 def test_the_gate_must_pass_eager_and_refuse_noise_black_and_nan(twin):

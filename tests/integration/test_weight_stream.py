@@ -75,7 +75,12 @@ def test_tensors_whose_elements_lie_across_borders_must_arrive_too(tmp_path):
 
 
 def test_whole_numbers_and_empty_tensors_must_keep_their_types(tmp_path):
-    tensors = {"count": torch.arange(5), "empty": torch.empty(0, 3), "scalar": torch.tensor(2.5), "weight": torch.ones(2, 2)}
+    tensors = {
+        "count": torch.arange(5),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(2.5),
+        "weight": torch.ones(2, 2),
+    }
     save_file(tensors, tmp_path / "file.safetensors")
     found = WeightStream(tmp_path, ["file.safetensors"], "cpu", torch.bfloat16).result().files["file.safetensors"]
     assert found["count"].dtype == torch.int64
@@ -123,3 +128,59 @@ def test_weights_that_do_not_fit_their_configuration_must_be_named(snapshot):
     tensors.pop(next(iter(tensors)))
     with pytest.raises(SnapshotDamaged, match="vae"):
         assemble.give_weights(assemble.make_empty(snapshot, "vae"), "vae", tensors, "cpu")
+
+
+def test_what_arrives_must_be_replaced_tensor_by_tensor_and_few_be_there_at_once(tmp_path, monkeypatch):
+    """The peak of whole tensors that were not narrowed yet must depend on what is on its way, not on the files."""
+    import weakref
+
+    monkeypatch.setattr(streaming, "CHUNK", 1 << 16)
+    tensors = {f"layer.{i:03}.weight": torch.full((64, 512), float(i)) for i in range(120)}
+    for file in range(2):
+        save_file({f"{file}.{name}": tensor for name, tensor in tensors.items()}, tmp_path / f"{file}.safetensors")
+    alive, peak = weakref.WeakSet(), 0
+
+    def arrived(path, name, wide):
+        nonlocal peak
+        assert path.startswith(name[0])
+        alive.add(wide)
+        peak = max(peak, len(alive))
+        return wide.sum()
+
+    stream = WeightStream(tmp_path, ["0.safetensors", "1.safetensors"], "cpu", None, arrived=arrived, readers=4)
+    files = stream.result().files
+    assert peak <= 2
+    for i in range(120):
+        assert float(files["1.safetensors"][f"1.layer.{i:03}.weight"]) == 64 * 512 * i
+
+
+def test_an_error_in_what_takes_arrivals_must_end_the_stream(tmp_path):
+    save_file({f"t{i}": torch.ones(64) for i in range(64)}, tmp_path / "a.safetensors")
+
+    def arrived(_path, _name, _wide):
+        raise RuntimeError("no room")
+
+    with pytest.raises(RuntimeError, match="no room"):
+        WeightStream(tmp_path, ["a.safetensors"], "cpu", None, arrived=arrived).result()
+
+
+@pytest.mark.parametrize("text", [True, False])
+def test_every_large_weight_of_a_preset_in_fp8_must_be_narrowed_on_its_way_and_no_other(snapshot, text):
+    from zops.serving.accelerate.fp8 import quantise_on_arrival
+    from zops.serving.accelerate.rows import Quantised
+
+    stream = WeightStream(snapshot, paths_of(snapshot), "cpu", torch.bfloat16, arrived=quantise_on_arrival(text=text))
+    narrow, wide, fitting = set(), set(), set()
+    for path, tensors in stream.result().files.items():
+        for name, tensor in tensors.items():
+            full_name = f"{path.partition('/')[0]}.{name}"
+            (narrow if isinstance(tensor, Quantised) else wide).add(full_name)
+            shape = tensor.values.shape if isinstance(tensor, Quantised) else tensor.shape
+            if all(size % 16 == 0 for size in shape):  # the tiny model has layers that no matrix unit takes in fp8
+                fitting.add(full_name)
+    blocks = [name for name in narrow | wide if name.startswith(("transformer.layers.", "transformer.noise_refiner."))]
+    large = {name for name in blocks if "attention.to_" in name or ".feed_forward.w" in name}
+    encoder = {name for name in narrow | wide if name.startswith("text_encoder") and name.endswith("_proj.weight")}
+    assert large & fitting
+    assert encoder & fitting
+    assert narrow == (large | (encoder if text else set())) & fitting

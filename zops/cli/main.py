@@ -28,6 +28,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "health": ("zops.cli.health", "health", "Judge running instances, layer by layer."),
     "generate": ("zops.cli.generate", "generate", "Make an image with the running instance."),
     "cache": ("zops.cli.cache", "cache", "Pull, verify, scrub, warm, back up and restore snapshots."),
+    "bench": ("zops.cli.bench", "bench", "Measure loading, images, serving and the cache on this host."),
     "image": ("zops.cli.image", "image", "Build the container image."),
     "model": ("zops.cli.model", "model", "List the models that zops knows, or make a synthetic one."),
     "key": ("zops.cli.key", "key", "Make, list and remove the API keys of a server."),

@@ -59,15 +59,42 @@ def give_weights(model: Any, component: str, tensors: Mapping[str, Any], device:
     prefix = f"{getattr(model, 'base_model_prefix', '')}."
     wanted = {name for name, _ in model.named_parameters()}
     named = {_without(prefix, name) if name not in wanted else name: tensor for name, tensor in tensors.items()}
+    in_fp8 = _put_fp8(model, named)
     try:
-        missing, unexpected = model.load_state_dict(named, strict=False, assign=True)
+        missing, unexpected = model.load_state_dict(
+            {name: tensor for name, tensor in named.items() if name not in in_fp8}, strict=False, assign=True
+        )
     except RuntimeError as error:
         raise _misfit(component, str(error).partition("\n")[2].strip()[:200]) from None
     # A model for text generation brings a head that an encoder has no use for.
     unexpected = [name for name in unexpected if not name.startswith("lm_head.")]
+    missing = [name for name in missing if name not in in_fp8]
     if missing or unexpected:
         raise _misfit(component, f"missing {missing[:3]}, unexpected {unexpected[:3]}")
     return model.eval().requires_grad_(requires_grad=False).to(device)
+
+
+def _put_fp8(model: Any, named: Mapping[str, Any]) -> set[str]:
+    """Put layers in fp8 in place of those whose weights came in fp8; return the names that this accounts for."""
+    import torch  # noqa: PLC0415 - only the worker may pay for it
+
+    from zops.serving.accelerate.fp8 import Fp8Linear  # noqa: PLC0415 - as above
+    from zops.serving.accelerate.rows import Quantised  # noqa: PLC0415 - as above
+
+    done = set()
+    dtype = next((tensor.dtype for tensor in named.values() if not isinstance(tensor, Quantised)), torch.bfloat16)
+    for name, tensor in named.items():
+        if isinstance(tensor, Quantised):
+            layer = name.removesuffix(".weight")
+            parent, _, leaf = layer.rpartition(".")
+            try:
+                place = model.get_submodule(parent)
+                getattr(place, leaf)
+            except AttributeError:
+                continue  # reported with the other misfits
+            setattr(place, leaf, Fp8Linear(tensor, dtype))
+            done |= {name, f"{layer}.scales"}
+    return done
 
 
 def _without(prefix: str, name: str) -> str:

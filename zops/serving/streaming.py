@@ -14,12 +14,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from zops.cache.manifest import Manifest, read_marker
 from zops.cache.reading import OpenFile, new_buffer
 from zops.cache.safetensors import Header, read_header
 from zops.errors import SnapshotDamaged
+from zops.serving.arrivals import Arrivals, Arrived
 
 CHUNK = 32 << 20
 """Bytes that are read, copied and cut at once: large enough that the few Python calls for each cost nothing."""
@@ -58,16 +59,8 @@ class Streamed:
     seconds: float
     verified_by: str
     """`blake3` or `sha256` when the bytes were compared with the record on their way, else empty."""
-
-
-class Hasher(Protocol):
-    """A running digest."""
-
-    def update(self, data: memoryview, /) -> object:
-        """Take more bytes."""
-
-    def hexdigest(self) -> str:
-        """Return the digest in hex."""
+    pinned: bool = True
+    """Whether the copies went from pinned memory; False: the host refused it, and they waited for each other."""
 
 
 def plan(headers: Sequence[Header]) -> list[Chunk]:
@@ -122,22 +115,25 @@ class WeightStream:
         paths: files in it, relative.
         device: a torch device, `cuda` or `cpu` (the latter copies without any overlap: for tests).
         dtype: what floating-point tensors are cast to, on the device; None leaves them as they are.
+        arrived: makes of each whole tensor, given with its file's path and its name, what is kept of it; runs on the
+            device, one tensor after another, so that no more of them are there at once than are on their way.
         verify: compare every byte with the BLAKE3 (or else the SHA-256) that is recorded of its file, on the way.
         readers: threads; by default one a core, at most `MAX_READERS`.
     """
 
     def __init__(
         self, snapshot: Path, paths: Sequence[str], device: str, dtype: Any, *, verify: Manifest | None = None,
-        readers: int | None = None,
+        readers: int | None = None, arrived: Arrived | None = None,
     ) -> None:  # fmt: skip
         self._began = time.monotonic()
-        self._files = [_File(snapshot, path, device, dtype) for path in paths]
+        self._arrivals = Arrivals(device, arrived) if arrived else None
+        self._files = [_File(snapshot, path, device, dtype, self._arrivals) for path in paths]
         self._verified_by = _expect_digests(snapshot, self._files, verify) if verify else ""
         self._chunks = iter(plan([file.header for file in self._files]))
         self._next = threading.Lock()
         self._device = device
         self._failed = threading.Event()
-        self._from_disk = 0
+        self._unpinned = threading.Event()
         count = readers or min(MAX_READERS, len(os.sched_getaffinity(0)))
         self._pool = ThreadPoolExecutor(count, thread_name_prefix="zops-weights")
         self._work: list[Future[int]] = [self._pool.submit(self._read) for _ in range(count)]
@@ -154,11 +150,16 @@ class WeightStream:
         finally:
             self._failed.set()
             self._pool.shutdown(wait=True)
+            if self._arrivals:
+                self._arrivals.close()
+        if self._arrivals:
+            self._arrivals.check()
         for file in self._files:
             file.check_digest()
         files = {file.path: file.finish() for file in self._files}
         total = sum(file.header.file_size for file in self._files)
-        return Streamed(files, total, from_disk, time.monotonic() - self._began, self._verified_by)
+        seconds = time.monotonic() - self._began
+        return Streamed(files, total, from_disk, seconds, self._verified_by, pinned=not self._unpinned.is_set())
 
     def _take(self) -> Chunk | None:
         with self._next:
@@ -169,6 +170,8 @@ class WeightStream:
         lanes = [_Lane(self._device) for _ in range(BUFFERS)]
         opened: dict[int, OpenFile] = {}
         from_disk = turn = 0
+        if not all(lane.pinned for lane in lanes):
+            self._unpinned.set()
         try:
             while chunk := self._take():
                 file, lane = self._files[chunk.file], lanes[turn % BUFFERS]
@@ -211,12 +214,14 @@ class _Lane:
         self._host = torch.frombuffer(self.buffer, dtype=torch.uint8)
         self._cuda = device.startswith("cuda")
         self._busy = False
+        self.pinned = True
         self.bytes = self._host
         if self._cuda:
-            _check(torch.cuda.cudart().cudaHostRegister(self._host.data_ptr(), len(self.buffer), 0))
+            # Refused where the limit of locked memory is low; copies from plain memory are slower, and as right.
+            self.pinned = int(_cudart().cudaHostRegister(self._host.data_ptr(), len(self.buffer), 0)) == 0
             self.bytes = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
-            self.stream = torch.cuda.Stream()
-            self._copied = torch.cuda.Event(blocking=True)
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # as below
+            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # as below
 
     def send(self, count: int, scatter: Callable[[Any], None]) -> None:
         """Copy the first `count` bytes to the device and let `scatter` take them there; returns before it is done."""
@@ -231,6 +236,10 @@ class _Lane:
             self._copied.record(self.stream)
         self._busy = True
 
+    def mark(self) -> Any:
+        """Return an event that happens on the device once what was sent has arrived; None where nothing overlaps."""
+        return self.stream.record_event() if self._cuda else None
+
     def wait(self) -> None:
         """Wait until the buffer may be filled again."""
         if self._busy:
@@ -238,27 +247,32 @@ class _Lane:
             self._busy = False
 
     def close(self) -> None:
-        import torch  # noqa: PLC0415 - as above
 
         if self._cuda:
             self.stream.synchronize()
-            _check(torch.cuda.cudart().cudaHostUnregister(self._host.data_ptr()))
+            if self.pinned:
+                _cudart().cudaHostUnregister(self._host.data_ptr())
 
 
-def _check(status: Any) -> None:
-    if int(status) != 0:
-        raise RuntimeError(f"CUDA refused to pin memory: {status}")
+def _cudart() -> Any:
+    from torch.cuda import cudart  # noqa: PLC0415 - as above
+
+    return cudart()  # type: ignore[no-untyped-call]  # torch has no annotation here
 
 
 class _File:
     """One file of weights on its way: its header, its tensors on the device, its running digest."""
 
-    def __init__(self, snapshot: Path, path: str, device: str, dtype: Any) -> None:
+    def __init__(self, snapshot: Path, path: str, device: str, dtype: Any, arrivals: Arrivals | None) -> None:
         self.path = path
+        self._arrivals = arrivals
+        self._missing: dict[str, int] = {}
+        self._events: dict[str, list[Any]] = {}
+        self._kept: dict[str, Any] = {}
         self.location = snapshot / path
         self.header = read_header(self.location)
         self.expected = ""
-        self.hasher: Hasher | None = None
+        self.hasher: Any = None  # hashlib's or blake3's
         self._device = device
         self._dtype = dtype
         self._tensors: dict[str, Any] = {}
@@ -276,6 +290,30 @@ class _File:
                 flat[piece.first : piece.first + values.numel()].copy_(values)
 
         lane.send(chunk.stop - chunk.start, on_device)
+        if self._arrivals and chunk.pieces:
+            event = lane.mark()
+            for piece in chunk.pieces:
+                if (events := self._count(piece, event)) is not None:
+                    self._arrivals.put(self, piece.name, events)
+
+    def _count(self, piece: Piece, event: Any) -> list[Any] | None:
+        """Note the arrival of a piece; return the events of all pieces with the tensor's last one."""
+        with self._allocating:
+            tensor = self.header.tensors[piece.name]
+            left = self._missing.get(piece.name, tensor.end - tensor.begin) - (piece.end - piece.begin)
+            self._missing[piece.name] = left
+            events = self._events.setdefault(piece.name, [])
+            events.append(event)
+            return self._events.pop(piece.name) if left == 0 else None
+
+    def take(self, name: str) -> Any:
+        """Give a whole tensor away, in its shape."""
+        with self._allocating:
+            return self._tensors.pop(name).view(self.header.tensors[name].shape)
+
+    def keep(self, name: str, made: Any) -> None:
+        """Keep what was made of a tensor in its place."""
+        self._kept[name] = made
 
     def hash_in_order(self, chunk: Chunk, buffer: memoryview, failed: threading.Event) -> None:
         """Hash a chunk once all before it were; waits for those that other threads have."""
@@ -303,7 +341,12 @@ class _File:
         for name, tensor in self.header.tensors.items():
             if tensor.begin < tensor.end and not is_aligned(self.header, name):
                 self._target(name).copy_(self._read_alone(name))
-        return {name: self._target(name).view(tensor.shape) for name, tensor in self.header.tensors.items()}
+                if self._arrivals:
+                    self.keep(name, self._arrivals.arrived(self.path, name, self.take(name)))
+        return {
+            name: self._kept[name] if name in self._kept else self._target(name).view(tensor.shape)
+            for name, tensor in self.header.tensors.items()
+        }
 
     def _read_alone(self, name: str) -> Any:
         import torch  # noqa: PLC0415 - as above

@@ -10,6 +10,8 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from zops.serving.accelerate.choice import has_triton
+
 # Scores of attention held at once, in elements: 268 MB in float32.
 _SCORES = 2**26
 # torch's kernel that doubles an image with channels last counts its elements in 32 bits.
@@ -62,11 +64,10 @@ PLAIN: ImageOperations = _Plain()
 def operations(decoder: Any) -> ImageOperations:
     """Return the fast operations where there are a GPU and Triton and the shapes suit it, the plain ones elsewhere."""
     widths = {module.num_channels for module in decoder.modules() if isinstance(module, nn.GroupNorm)}
-    if decoder.conv_in.weight.device.type == "cuda" and all(width & (width - 1) == 0 for width in widths):
-        try:
-            from zops.serving.accelerate import image_kernels  # noqa: PLC0415 - Triton is there with CUDA only
-        except ImportError:
-            return PLAIN
+    on_gpu = decoder.conv_in.weight.device.type == "cuda" and has_triton()
+    if on_gpu and all(width & (width - 1) == 0 for width in widths):
+        from zops.serving.accelerate import image_kernels  # noqa: PLC0415 - Triton is there with CUDA only
+
         return cast("ImageOperations", image_kernels)
     return PLAIN
 

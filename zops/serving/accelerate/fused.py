@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from zops.serving.accelerate.attention import NATIVE, Attend, attend_packed, runs
-from zops.serving.accelerate.fp8 import AnyLinear, linear
+from zops.serving.accelerate.fp8 import AnyLinear, stacked
 from zops.serving.accelerate.rows import RowOperations, Rows
 
 
@@ -29,10 +29,10 @@ class FusedBlock(nn.Module):
     def __init__(self, block: Any, rows: RowOperations, *, fp8: bool) -> None:
         super().__init__()
         attention, feed = block.attention, block.feed_forward
-        self.qkv = linear(_stacked(attention.to_q, attention.to_k, attention.to_v), fp8=fp8)
-        self.out = linear(attention.to_out[0].weight, fp8=fp8)
-        self.up = linear(_stacked(feed.w1, feed.w3), fp8=fp8)
-        self.down = linear(feed.w2.weight, fp8=fp8)
+        self.qkv = stacked(attention.to_q, attention.to_k, attention.to_v, fp8=fp8)
+        self.out = stacked(attention.to_out[0], fp8=fp8)
+        self.up = stacked(feed.w1, feed.w3, fp8=fp8)
+        self.down = stacked(feed.w2, fp8=fp8)
         self.head: int = attention.norm_q.weight.shape[0]
         self.eps: float = block.attention_norm1.eps
         self.head_eps: float = attention.norm_q.eps
@@ -110,10 +110,6 @@ class FusedBlock(nn.Module):
 def real_table(turns: torch.Tensor) -> torch.Tensor:
     """Return complex rotations as cosines and, right of them, sines: kernels and compilers know no complex numbers."""
     return torch.cat((turns.real, turns.imag), dim=-1).contiguous()
-
-
-def _stacked(*layers: nn.Linear) -> torch.Tensor:
-    return torch.cat([layer.weight.detach() for layer in layers])
 
 
 def fuse_blocks(transformer: Any, rows: RowOperations, *, fp8: bool, refiners_too: bool = True) -> int:

@@ -6,12 +6,12 @@ Speed does not show in the numbers here and quality does not show in the others:
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch.nn import functional
 
-from zops.serving.accelerate.preset import Applied, Preset
+from zops.serving.accelerate.choice import Preset
+from zops.serving.accelerate.preset import Applied
 from zops.serving.generate import find_fault
 
 PROMPTS = (
@@ -51,6 +51,8 @@ class Verdict:
     ssim: float
     images: int
     trouble: str
+    broken: bool = False
+    """Whether an image is none at all: black, flat, or not made of numbers."""
 
     @property
     def passed(self) -> bool:
@@ -80,7 +82,7 @@ def render(
 def judge(preset: Preset, images: Sequence[torch.Tensor], references: Sequence[torch.Tensor]) -> Verdict:
     """Return the verdict on a preset's images, each beside eager's of the same prompt and seed."""
     threshold = THRESHOLDS[preset]
-    faults = [find_fault(_as_array(image)) for image in images]
+    faults = [find_fault(image) for image in images]
     pairs = list(zip(images, references, strict=True))
     worst_psnr = min(psnr_db(image, reference) for image, reference in pairs)
     worst_ssim = min(ssim(image, reference) for image, reference in pairs)
@@ -89,7 +91,7 @@ def judge(preset: Preset, images: Sequence[torch.Tensor], references: Sequence[t
         trouble = f"PSNR {worst_psnr:.1f} dB is below {threshold.psnr_db:.1f}"
     if not trouble and not worst_ssim >= threshold.ssim:
         trouble = f"SSIM {worst_ssim:.3f} is below {threshold.ssim:.3f}"
-    return Verdict(preset, worst_psnr, worst_ssim, len(pairs), trouble)
+    return Verdict(preset, worst_psnr, worst_ssim, len(pairs), trouble, broken=any(faults))
 
 
 def psnr_db(image: torch.Tensor, reference: torch.Tensor) -> float:
@@ -113,7 +115,3 @@ def ssim(image: torch.Tensor, reference: torch.Tensor) -> float:
     both = blurred(x * y) - mean_x * mean_y
     likeness = (2 * mean_x * mean_y + _C1) * (2 * both + _C2)
     return float((likeness / ((mean_x**2 + mean_y**2 + _C1) * (var_x + var_y + _C2))).mean())
-
-
-def _as_array(image: torch.Tensor) -> Any:
-    return image.permute(1, 2, 0).numpy()

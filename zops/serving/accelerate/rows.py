@@ -10,6 +10,8 @@ from typing import Any, Protocol, cast
 import torch
 from torch.nn import functional
 
+from zops.serving.accelerate.choice import has_triton
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0  # torch.finfo(torch.float8_e4m3fn).max
 # A row of zeros has no scale of its own; any positive one keeps it zero.
@@ -55,11 +57,9 @@ class RowOperations(Protocol):
 
 def operations(device: torch.device) -> RowOperations:
     """Return the fast operations where there is a GPU and Triton, the plain ones elsewhere."""
-    if device.type == "cuda":
-        try:
-            from zops.serving.accelerate import kernels  # noqa: PLC0415 - Triton is there with CUDA only
-        except ImportError:
-            return PLAIN
+    if device.type == "cuda" and has_triton():
+        from zops.serving.accelerate import kernels  # noqa: PLC0415 - Triton is there with CUDA only
+
         return cast("RowOperations", kernels)
     return PLAIN
 

@@ -17,7 +17,8 @@ class Schedule:
 
     times: tuple[float, ...]
     changes: tuple[float, ...]
-    first_sigma: float
+    sigmas: tuple[float, ...]
+    """Share of noise before each forward, and after the last."""
 
     def __len__(self) -> int:
         """Return the number of forwards."""
@@ -46,4 +47,4 @@ def make_schedule(scheduler: Any, forwards: int, *, tokens: int, skip: int = 0) 
     own.set_timesteps(sigmas=get_default_z_image_sigmas(forwards), mu=mu, device="cpu")
     times = (1000 - own.timesteps) / 1000
     changes = own.sigmas.to(torch.float32).diff()
-    return Schedule(tuple(times[skip:].tolist()), tuple(changes[skip:].tolist()), float(own.sigmas[skip]))
+    return Schedule(tuple(times[skip:].tolist()), tuple(changes[skip:].tolist()), tuple(own.sigmas[skip:].tolist()))
