@@ -74,9 +74,7 @@ def test_the_newest_archive_must_be_told_and_the_parents_count_for_a_slim_snapsh
 def test_the_name_of_an_archive_must_tell_a_slim_snapshot_from_its_parent() -> None:
     commit = "f332072aa78be7aecdf3ee76d5c247082da564a6"
     names = [
-        archive_name(
-            [Manifest("o/n", revision, (), derived=derived)], datetime(2026, 1, 2, tzinfo=UTC)
-        )
+        archive_name([Manifest("o/n", revision, (), derived=derived)], datetime(2026, 1, 2, tzinfo=UTC))
         for revision, derived in ((commit, ""), (f"{commit}-bf16", "bf16"))
     ]
     assert names == ["o--n-f332072aa78b-20260102T000000Z.tar.zst", "o--n-f332072aa78b_bf16-20260102T000000Z.tar.zst"]

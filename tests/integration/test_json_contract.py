@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 PAGE = ROOT / "docs" / "reference" / "json.md"
 # What is below these differs from case to case and is described elsewhere.
-OPEN = {"evidence", "receipt", "dtypes"}
+OPEN = {"evidence", "receipt", "dtypes", "machine", "model", "case"}
 # Run in this order on one host; the heading in the page, then what is typed.
 CALLS = [
     ("init", "init other.yaml"),
@@ -31,6 +31,9 @@ CALLS = [
     ("cache status", "cache status"),
     ("up", "up"),
     ("ps", "ps"),
+    ("bench load", "bench load --quick --only load/zops/full/warm --json one.json"),
+    ("bench report", "bench report one.json --html one.html"),
+    ("bench compare", "bench compare one.json one.json"),
     ("health", "health --deep"),
     ("generate", "generate kite --size 64x64 -o kite.png"),
     ("key new", "key new web --file keys.yaml"),

@@ -17,6 +17,7 @@ from PIL import Image
 from tests.support.host import free_port
 from tests.support.serving import clean_environment
 from tests.support.waiting import eventually
+from zops.serving.messages import PHASES
 
 
 def _open(data):
@@ -148,7 +149,7 @@ def test_readiness_must_tell_what_is_served(served, path):
     answer = served.call("GET", path)
     body = answer.json
     assert (answer.status, body["status"], body["phase"]) == (200, "ready", "ready")
-    assert body["phases"].keys() == {"imports", "verify", "read", "build", "warmup"}
+    assert body["phases"].keys() == set(PHASES)
     assert all(seconds >= 0 for seconds in body["phases"].values())
     assert (body["device"], body["dtype"]) == ("cpu", "float32")
     assert body["versions"].keys() == {"zops", "torch", "diffusers", "transformers"}

@@ -135,7 +135,7 @@ def test_a_server_must_tell_its_phase_until_it_is_ready_and_give_the_same_bytes_
             refusals.add((refusal.status, refusal.code))
             assert int(refusal.headers["retry-after"]) > 0
         assert server.call("GET", "/livez").status == 200
-    order = ["starting", "imports", "verify", "read", "build", "warmup"]
+    order = ["starting", "verify", "imports", "read", "build", "gate", "warmup"]
     assert [order.index(phase) for phase in seen] == sorted(order.index(phase) for phase in seen)
     assert "imports" in seen
     assert refusals == {(503, "not_ready")}

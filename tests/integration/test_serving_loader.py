@@ -37,7 +37,8 @@ def test_a_start_must_tell_each_phase_in_its_order_with_its_seconds(tiny_model):
     passed = [message for message in told if isinstance(message, Passed)]
     assert [message.phase for message in passed] == list(PHASES)
     assert all(message.seconds > 0 for message in passed)
-    assert sum(message.seconds for message in passed) <= elapsed
+    own = {message.phase: message.seconds for message in passed if message.phase != "read"}
+    assert sum(own.values()) <= elapsed, "only the read goes on beside the others"
 
 
 def test_a_start_must_tell_what_it_runs_on_and_what_it_read(tiny_model):

@@ -15,13 +15,13 @@ def settings_for(snapshot, **changes):
     return replace(settings, **changes)
 
 
-def load_here(snapshot):
+def load_here(snapshot, **changes):
     """Load into this process, and leave its environment as it was."""
     from zops.serving.loader import load
 
     before = dict(os.environ)
     try:
-        return load(settings_for(snapshot), lambda _message: None)
+        return load(settings_for(snapshot, **changes), lambda _message: None)
     finally:
         os.environ.clear()
         os.environ.update(before)

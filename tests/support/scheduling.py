@@ -12,7 +12,7 @@ from zops.serving.scheduler import Scheduler
 from zops.spec import Spec
 
 CPU = Ready("cpu", "float32", {"zops": "0", "torch": "0", "diffusers": "0"})
-GPU = replace(CPU, device="NVIDIA H200", dtype="bfloat16")
+GPU = replace(CPU, device="NVIDIA H200", dtype="bfloat16", preset="fp8")
 SHAPE = Shape("generate", 64, 64, 8, 0.0, 32)
 
 

@@ -21,11 +21,20 @@ def sized(edge, **more):
 
 
 @pytest.mark.parametrize(
-    ("device", "edge", "limit"),
-    [("NVIDIA H200", 512, 8), ("NVIDIA H200", 256, 8), ("NVIDIA H200", 528, 1), ("NVIDIA T4", 512, 1), ("cpu", 64, 1)],
+    ("device", "preset", "edge", "limit"),
+    [
+        ("NVIDIA H200", "fp8", 512, 8),
+        ("NVIDIA H200", "fp8", 256, 8),
+        ("NVIDIA H200", "fp8", 528, 1),
+        ("NVIDIA H200", "fp8", 1024, 1),
+        ("NVIDIA H200", "bf16", 512, 4),
+        ("NVIDIA H200", "eager", 512, 1),
+        ("NVIDIA T4", "bf16", 512, 1),
+        ("cpu", "eager", 64, 1),
+    ],
 )
-def test_only_what_was_measured_to_pay_must_be_batched(device, edge, limit):
-    assert largest_batch(sized(edge), replace(CPU, device=device)) == limit
+def test_only_what_was_measured_to_pay_must_be_batched(device, preset, edge, limit):
+    assert largest_batch(sized(edge), replace(CPU, device=device, preset=preset)) == limit
 
 
 def test_the_operators_limit_must_replace_the_measured_one():

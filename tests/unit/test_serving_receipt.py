@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from zops.serving.messages import Made, Preview, Shape
+from zops.serving.messages import Gate, Made, Preview, Ready, Shape
 from zops.serving.png import write_png
 from zops.serving.receipt import AI_EDITED, AI_GENERATED, Receipt, encode, encode_preview
 
@@ -23,7 +23,7 @@ IDENTITY = {
     "model": "zops/synthetic-tiny",
     "revision": "seed-0",
     "manifest_digest": "ab" * 32,
-    "dtype": "float32",
+    "facts": Ready("cpu", "float32", {}, preset="bf16", gate=Gate("passed", 47.7, 0.999)),
 }
 RECEIPT = Receipt.of(MADE, SHAPE, **IDENTITY)
 EDITED = Receipt.of(replace(MADE, forwards=5), replace(SHAPE, mode="edit", strength=0.6), **IDENTITY)
@@ -79,7 +79,10 @@ def test_the_receipt_must_be_found_in_the_image(output_format):
     picture = _open(encode(RGB, RECEIPT, output_format, 95))
     text = picture.text["zops"] if output_format == "png" else picture.getexif()[0x010E]
     assert json.loads(text) == {
-        **IDENTITY,
+        **{name: value for name, value in IDENTITY.items() if name != "facts"},
+        "dtype": "float32",
+        "preset": "bf16",
+        "gate": "passed",
         "mode": "generate",
         "seed": 7,
         "forwards": 8,

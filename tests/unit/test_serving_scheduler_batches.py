@@ -1,6 +1,7 @@
 """What is made together and in which turn, by scripted workers in virtual time."""
 
 import asyncio
+from dataclasses import replace
 
 from tests.support.scheduling import GPU, run, settle
 from zops.serving.messages import Made
@@ -122,3 +123,19 @@ def test_clients_must_take_turns_however_many_pictures_each_has():
         assert "".join(bench.worker.batches) == "0axbycdefg"
 
     run(scenario)
+
+
+def test_captions_of_different_lengths_must_be_made_together_only_where_that_costs_nothing():
+    for packs, batches in ((True, ["a", "bc"]), (False, ["a", "b", "c"])):
+
+        async def scenario(bench, packs=packs, batches=batches):
+            await bench.ready(replace(GPU, packs=packs))
+            bench.ask("a")
+            bench.ask("b", bucket=32), bench.ask("c", bucket=64)
+            await asyncio.sleep(1)
+            for _ in batches:
+                bench.worker.finish()
+                await settle()
+            assert bench.worker.batches == batches
+
+        run(scenario, max_batch=4)

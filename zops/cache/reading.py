@@ -97,6 +97,11 @@ class OpenFile:
             self._refused = True
             return None
 
+    def copy_cached(self, buffer: memoryview, start: int, count: int) -> int:
+        """Fill a buffer through the page cache; otherwise as `from_disk`."""
+        self._set_direct(wanted=False)
+        return self._read_fully(buffer, start, count)
+
     def _read_fully(self, buffer: memoryview, start: int, count: int) -> int:
         done = 0
         # O_DIRECT wants whole blocks; at the end of the file there are just fewer bytes in the last one.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from zops.cache.repair import Spring
     from zops.cache.status import SnapshotStatus
     from zops.cache.verify import Verification
+    from zops.events import Report
+    from zops.health.rehearsal import Rehearsed
+    from zops.spec import Spec
 
 SNAPSHOT = click.argument("snapshot", required=False, type=click.Path(path_type=Path))
 
@@ -162,15 +165,18 @@ def pin(*, snapshot: Path | None, revision: str, from_hub: bool | None, loaded: 
 @cache.command()
 @SNAPSHOT
 @click.option("--check", is_flag=True, help="Only tell how much is in memory.")
+@click.option("--compile", "compiles", is_flag=True, help="Also start an instance once, for what it compiles.")
 @with_spec
-def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> None:
+def warm(*, snapshot: Path | None, check: bool, compiles: bool, loaded: Loaded, out: Output) -> None:
     """Bring a snapshot into the page cache, in the order in which it is loaded.
 
-    Stops before more memory is used than this host can spare.
+    Stops before more memory is used than this host can spare. With --compile an instance is then started, waited for
+    and stopped: its kernels and the verdict of its quality gate are there for the next start.
 
     \b
     Examples:
       zops cache warm
+      zops cache warm --compile
       zops cache warm --check --output json
     """
     from zops.cache.warm import residency  # noqa: PLC0415 - the cache's modules are loaded when needed
@@ -189,6 +195,7 @@ def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> 
         return
     with out.progress() as report:
         result = bring_in(path, report)
+        rehearsed = _rehearse(loaded.spec, report) if compiles else None
     body = {
         "path": str(path),
         "size_bytes": result.after.total,
@@ -197,9 +204,22 @@ def warm(*, snapshot: Path | None, check: bool, loaded: Loaded, out: Output) -> 
         "share": round(result.after.share, 4),
         "stopped": result.stopped,
         "seconds": round(result.seconds, 3),
+        "compiled": rehearsed.done if rehearsed else None,
+        "compile_seconds": round(rehearsed.seconds, 3) if rehearsed else None,
     }
     was = f"{result.before.share:.0%} before"
-    out.data(body, f"{path}\n{result.after.share:.0%} of {size(result.after.total)} in memory ({was})")
+    text = f"{path}\n{result.after.share:.0%} of {size(result.after.total)} in memory ({was})"
+    if rehearsed:
+        text += f"\n{f'compiled in {rehearsed.seconds:.1f} s' if rehearsed.done else 'an instance is there already'}"
+    out.data(body, text)
+
+
+def _rehearse(spec: "Spec", report: "Report") -> "Rehearsed":
+    from zops.health.rehearsal import rehearse  # noqa: PLC0415 - a client and an engine, for this option alone
+    from zops.runtime.deployment import deploy  # noqa: PLC0415 - as above
+    from zops.runtime.select import open_runtime  # noqa: PLC0415 - as above
+
+    return rehearse(open_runtime(spec), deploy(spec), report)
 
 
 @cache.command()

@@ -29,6 +29,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "generate": ("zops.cli.generate", "generate", "Make an image with the running instance."),
     "cache": ("zops.cli.cache", "cache", "Pull, verify, scrub, warm, back up and restore snapshots."),
     "archive": ("zops.cli.archive", "archive", "List, show, verify, compare and prune archives."),
+    "bench": ("zops.cli.bench", "bench", "Measure loading, images, serving and the cache on this host."),
     "image": ("zops.cli.image", "image", "Build the container image."),
     "model": ("zops.cli.model", "model", "List the models that zops knows, or make a synthetic one."),
     "key": ("zops.cli.key", "key", "Make, list and remove the API keys of a server."),

@@ -1,4 +1,4 @@
-"""Rates and times as an operator types them: 200MB/s, 1.5GiB/s, 90s, 30m, 1h30m."""
+"""Rates, times and shares as an operator types them: 200MB/s, 1.5GiB/s, 90s, 30m, 1h30m, 5%."""
 
 import re
 
@@ -33,3 +33,16 @@ def time(text: str) -> float:
     if not parts or "".join(number + unit for number, unit in parts) != text:
         raise click.BadParameter(f"{text!r} is no time; write for example 30m or 1h30m")
     return sum(float(number) * _SECONDS[unit] for number, unit in parts)
+
+
+def share(text: str) -> float:
+    """Return the share, 0 to 1, that a text such as 5% or 0.05 means.
+
+    Raises:
+        BadParameter: when it means none.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)(%?)", text)
+    value = float(match[1]) / (100 if match[2] else 1) if match else 2.0
+    if value > 1:
+        raise click.BadParameter(f"{text!r} is no share; write for example 5% or 0.05")
+    return value

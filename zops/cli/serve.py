@@ -34,11 +34,19 @@ def serve(*, out: Output, loaded: Loaded, snapshot: Path | None) -> None:
 
     server.require_extra()
     chosen = snapshot or _from_cache(loaded.spec)
-    spec = _named_by(chosen, loaded)
+    spec = _with_kernels(_named_by(chosen, loaded))
     # A server's log is read by programs and in files: lines, never bars.
     log = Output("json" if out.mode == "json" else "plain")
     with log.progress() as report:
         server.serve(spec, chosen, report, log_json=log.mode == "json")
+
+
+def _with_kernels(spec: Spec) -> Spec:
+    """Name a place for compiled kernels where nobody chose one."""
+    from zops.host.paths import state_dir  # noqa: PLC0415 - only for this command
+
+    kernels = spec.cache.kernels or state_dir() / "kernels"
+    return spec.model_copy(update={"cache": spec.cache.model_copy(update={"kernels": kernels})})
 
 
 def _from_cache(spec: Spec) -> Path:

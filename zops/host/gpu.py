@@ -5,7 +5,7 @@ answers: NVIDIA's NVML API reference.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -119,6 +119,49 @@ def read_gpus() -> GpuFacts:
         return GpuFacts(reason=_why(pynvml, error))
     finally:
         _told(pynvml, pynvml.nvmlShutdown)
+
+
+@dataclass(frozen=True, slots=True)
+class Clocks:
+    """What a GPU runs at now; figures that were measured while it is throttled are not its own."""
+
+    sm_mhz: int | None
+    sm_max_mhz: int | None
+    memory_mhz: int | None
+    power_w: float | None
+    temperature_c: int | None
+
+    def as_json(self) -> dict[str, float | int | None]:
+        """Return them as a JSON object."""
+        return asdict(self)
+
+
+def read_clocks() -> tuple[Clocks, ...]:
+    """Ask NVML what every GPU runs at now; empty where there is none."""
+    import pynvml  # noqa: PLC0415 - as above
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return ()
+    try:
+        return tuple(_read_clocks(pynvml, index) for index in range(pynvml.nvmlDeviceGetCount()))
+    except pynvml.NVMLError:
+        return ()
+    finally:
+        _told(pynvml, pynvml.nvmlShutdown)
+
+
+def _read_clocks(nvml: Any, index: int) -> Clocks:
+    handle = nvml.nvmlDeviceGetHandleByIndex(index)
+    milliwatts = _told(nvml, lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+    return Clocks(
+        sm_mhz=_told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        sm_max_mhz=_told(nvml, lambda: nvml.nvmlDeviceGetMaxClockInfo(handle, nvml.NVML_CLOCK_SM)),
+        memory_mhz=_told(nvml, lambda: nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_MEM)),
+        power_w=None if milliwatts is None else round(milliwatts / 1000, 1),
+        temperature_c=_told(nvml, lambda: nvml.nvmlDeviceGetTemperature(handle, nvml.NVML_TEMPERATURE_GPU)),
+    )
 
 
 def _read(nvml: Any) -> GpuFacts:

@@ -100,6 +100,10 @@ def serve_environment(
         "ZOPS_SERVE_HOST": host,
         "ZOPS_SERVE_PORT": str(port),
         "ZOPS_SERVE_DTYPE": serve.dtype,
+        "ZOPS_SERVE_PRESET": serve.preset,
+        "ZOPS_SERVE_FP8_TEXT": str(serve.fp8_text).lower(),
+        "ZOPS_SERVE_FORCE_PRESET": str(serve.force_preset).lower(),
+        "ZOPS_SERVE_VERIFY_ON_LOAD": str(serve.verify_on_load).lower(),
         "ZOPS_SERVE_MAX_PIXELS": str(serve.max_pixels),
         "ZOPS_SERVE_MAX_IMAGES": str(serve.max_images),
         "ZOPS_SERVE_WORKERS": str(serve.workers),
@@ -140,6 +144,7 @@ def container_environment(deployment: Deployment, *, snapshot: str) -> dict[str,
     )
     return inside | {
         "HOME": "/tmp",  # noqa: S108 - inside, and its own
+        "ZOPS_CACHE_KERNELS": COMPILE_MOUNT,
         "TORCHINDUCTOR_CACHE_DIR": f"{COMPILE_MOUNT}/inductor",
         "TRITON_CACHE_DIR": f"{COMPILE_MOUNT}/triton",
         "CUDA_CACHE_PATH": f"{COMPILE_MOUNT}/cuda",

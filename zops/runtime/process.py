@@ -213,10 +213,11 @@ class ProcessRuntime:
             host=spec.serve.host,
             port=spec.serve.port,
         )
-        compiled = self._compile_dir(deployment.name)
+        compiled = spec.cache.kernels or self._compile_dir(deployment.name)
         environment |= {
             # An empty specification: what the instance is, these variables say, and no file of the host beside them.
             "ZOPS_FILE": str(place.path / "zops.yaml"),
+            "ZOPS_CACHE_KERNELS": str(compiled),
             "TORCHINDUCTOR_CACHE_DIR": str(compiled / "inductor"),
             "TRITON_CACHE_DIR": str(compiled / "triton"),
         }

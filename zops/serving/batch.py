@@ -197,6 +197,10 @@ def _find_flaw(shape: Shape, picture: Picture) -> tuple[str, str]:
     """Return code and message of what the HTTP process should have refused; empty when the picture is sound."""
     if shape.mode == "edit" and forwards_run(shape) < 1:
         return "generation_failed", f"a strength of {shape.strength:g} would change nothing: no forward would be run"
+    if shape.width % 16 or shape.height % 16:
+        return "generation_failed", f"{shape.width}x{shape.height} is no multiple of 16 in both directions"
+    if not 0 <= shape.strength <= 1:
+        return "generation_failed", f"a strength of {shape.strength:g} is not between 0 and 1"
     if shape.mode == "edit" and len(picture.source or b"") != shape.width * shape.height * 3:
         return "generation_failed", f"the source is no RGB image of {shape.width}x{shape.height}"
     return "", ""

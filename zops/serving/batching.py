@@ -3,12 +3,14 @@
 from zops.serving.messages import Ready, Shape
 
 LARGEST_BATCH = 16
-MEASURED: dict[str, tuple[tuple[int, int], ...]] = {
-    # One H200, bfloat16, 8 forwards. 512x512: 4.79 images/s alone, 5.21 in fours, 5.33 in eights (in fp8 5.99 and
-    # 8.06). 1024x1024: 1.23 images/s alone, 1.17 in fours (in fp8 1.73 and 1.58): a batch is slower than a row.
-    "NVIDIA H200": ((512 * 512, 8),),
+MEASURED: dict[tuple[str, str], tuple[tuple[int, int], ...]] = {
+    # One H200, 8 forwards, text encoder included; images/s alone, in fours, in eights at 512x512:
+    # fp8 7.08, 8.82, 9.02; bf16 5.17, 5.51, 5.65. At 1024x1024 fp8 makes 1.87 alone and 1.97 in fours: 5 % more images
+    # for four times the wait, so pictures of that size are made one by one.
+    ("NVIDIA H200", "fp8"): ((512 * 512, 8),),
+    ("NVIDIA H200", "bf16"): ((512 * 512, 4),),
 }
-"""By the device's name: (pixels, largest batch that pays up to so many pixels), ascending; beyond the last: 1."""
+"""By device and preset: (pixels, largest batch that pays up to so many pixels), ascending; beyond the last: 1."""
 MEMORY_SHARE = 0.9
 """Of the free memory; the rest is for what the allocator cannot use."""
 LINGER_S = 0.004
@@ -22,15 +24,15 @@ def largest_batch(shape: Shape, facts: Ready, chosen: int | None = None) -> int:
 
     Args:
         shape: what is to be made.
-        facts: what the worker runs on; for a device that was not measured the answer is 1.
+        facts: what the worker runs on; for a device or preset that was not measured the answer is 1.
         chosen: the operator's own limit in place of the measured one.
     """
-    pays = _measured(facts.device, shape.width * shape.height) if chosen is None else chosen
+    pays = _measured(facts, shape.width * shape.height) if chosen is None else chosen
     return max(1, min(pays, LARGEST_BATCH, _fitting(shape, facts)))
 
 
-def _measured(device: str, pixels: int) -> int:
-    return next((batch for most, batch in MEASURED.get(device, ()) if pixels <= most), 1)
+def _measured(facts: Ready, pixels: int) -> int:
+    return next((batch for most, batch in MEASURED.get((facts.device, facts.preset), ()) if pixels <= most), 1)
 
 
 def _fitting(shape: Shape, facts: Ready) -> int:

@@ -1,17 +1,21 @@
-"""One call of the pipeline in its three phases, with its traps disarmed. Runs in the worker.
+"""One batch through the three stages of a preset: encode, denoise, decode. Runs in the worker.
 
-ZImagePipeline (diffusers 0.42) writes its chat template into the list of prompts that it is given, takes a single
-generator for a whole batch without complaint, expects a dictionary back from its callback, and cuts prompts at 512
-tokens silently. Each of these is handled here and nowhere else. The phases are the pipeline's own, called one by one,
-so that each can be timed and pictures be decoded singly; a test holds that not one bit differs from a plain call.
+The stages are those of `accelerate.preset`. With `eager` they are the pipeline's own, called one by one so that each
+can be timed and pictures be decoded singly; a test holds that not one bit differs from a plain call of diffusers'
+pipelines, edits included.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from zops.serving.messages import MAX_PROMPT_TOKENS, Mode, Picture, Shape
+from zops.serving.messages import Picture, Shape
 
+if TYPE_CHECKING:
+    from zops.serving.accelerate.preset import Applied
+
+PIXELS_PER_TOKEN = 16 * 16
+"""Of an image to the transformer: 8 x 8 pixels a latent, 2 x 2 latents a token."""
 # Values are 0..1. A picture, of random weights too, is far above both; a broken one is exactly at zero.
 BLACK_BELOW = 0.004
 FLAT_BELOW = 0.002
@@ -23,28 +27,26 @@ class Interrupted(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Pipelines:
-    """The pipeline that makes pictures and, on the very same weights, the one that edits them."""
+    """The pipeline, and the stages that its preset made of it."""
 
     generate: Any
-    edit: Any
-    device: Any
-    """Where both run, as a torch.device. Kept here because diffusers walks through all modules whenever it is asked."""
-    decoder_dtype: Any
-    """What the decoder takes, as a torch.dtype; kept for the same reason."""
+    applied: "Applied"
 
-    def of(self, mode: Mode) -> Any:
-        """Return the one for a mode."""
-        return self.edit if mode == "edit" else self.generate
+    @property
+    def device(self) -> Any:
+        """The device it is on, by one of its tensors: diffusers walks through all modules whenever it is asked."""
+        return self.generate.transformer.x_pad_token.device
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """Where a batch is after a forward: the noisy latents, and the share of noise before and after (tensors)."""
+    """Where a batch is after a forward: the noisy latents, and the share of noise before and after it."""
 
     done: int
-    latents: Any
-    sigma_before: Any
-    sigma_after: Any
+    latents: Callable[[], Any]
+    """Returns the latents, to be called before the next forward: they cost a copy, which few ask for."""
+    sigma_before: float
+    sigma_after: float
 
 
 Watch = Callable[[Step], bool]
@@ -95,46 +97,33 @@ def denoise(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], cap
     Raises:
         Interrupted: when `watch` told that nobody waits any more.
     """
-    import torch  # noqa: PLC0415 - only the worker may pay for it
+    from zops.serving.accelerate.denoise import Stopped  # noqa: PLC0415 - only the worker may pay for torch
+    from zops.serving.accelerate.schedule import make_schedule  # noqa: PLC0415 - as above
 
-    stopped = False
+    skip = shape.forwards - forwards_run(shape)
+    tokens = shape.width * shape.height // PIXELS_PER_TOKEN
+    sigmas = make_schedule(pipelines.generate.scheduler, shape.forwards, tokens=tokens, skip=skip).sigmas
 
-    def after_forward(running: Any, index: int, _timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
-        nonlocal stopped
-        scheduler = running.scheduler
-        at = scheduler.step_index
-        if not watch(Step(index + 1, tensors["latents"], scheduler.sigmas[at - 1], scheduler.sigmas[at])):
-            stopped = running._interrupt = True  # noqa: SLF001 - the pipeline's documented way to stop it
-        return {}
+    def after_forward(index: int, latents: Callable[[], Any]) -> bool:
+        return watch(Step(index + 1, latents, sigmas[index], sigmas[index + 1]))
 
-    edit = {"image": _sources(shape, pictures), "strength": shape.strength} if shape.mode == "edit" else {}
-    latents = pipelines.of(shape.mode)(
-        prompt_embeds=list(captions.positive),
-        negative_prompt_embeds=list(captions.negative),
-        width=shape.width,
-        height=shape.height,
-        num_inference_steps=shape.forwards,
-        guidance_scale=shape.guidance_scale,
-        # One generator an image, on the CPU: the noise depends on the seed alone, not on the batch or the device.
-        generator=[torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures],
-        callback_on_step_end=after_forward,
-        output_type="latent",
-        **edit,
-    ).images
-    if stopped:
-        raise Interrupted
-    return latents
+    try:
+        return pipelines.applied.denoise(
+            captions.positive,
+            _begin(pipelines, shape, pictures, sigmas[0]),
+            forwards=shape.forwards,
+            negative=captions.negative,
+            guidance_scale=shape.guidance_scale,
+            skip=skip,
+            watch=after_forward,
+        )
+    except Stopped:
+        raise Interrupted from None
 
 
 def decode(pipelines: Pipelines, latents: Any) -> Any:
     """Turn the latents of one picture (16, h / 8, w / 8) into pixels: float32 (3, h, w), 0..1 or NaN."""
-    import torch  # noqa: PLC0415 - as above
-
-    pipeline = pipelines.generate
-    with torch.no_grad():
-        scaled = latents[None].to(pipelines.decoder_dtype) / pipeline.vae.config.scaling_factor
-        image = pipeline.vae.decode(scaled + pipeline.vae.config.shift_factor, return_dict=False)[0]
-        return pipeline.image_processor.postprocess(image, output_type="pt")[0].float()
+    return pipelines.applied.decode(latents[None])[0].float()
 
 
 def find_fault(pixels: Any) -> str:
@@ -157,20 +146,39 @@ def to_rgb(pixels: Any) -> bytes:
 
 
 def _encode(pipelines: Pipelines, prompts: Sequence[str]) -> list[Any]:
+    unique = list(dict.fromkeys(prompts))
+    by_prompt = dict(zip(unique, pipelines.applied.encode(unique), strict=True)) if unique else {}
+    return [by_prompt[prompt] for prompt in prompts]
+
+
+def _begin(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], sigma: float) -> Any:
+    """Return the latents that the first forward gets: noise, or for an edit the source under its share of noise.
+
+    One generator an image, on the CPU: the noise depends on the seed alone, not on the batch or the device.
+    """
     import torch  # noqa: PLC0415 - as above
 
-    if not prompts:
-        return []
-    unique = list(dict.fromkeys(prompts))
-    with torch.no_grad():
-        made, _ = pipelines.generate.encode_prompt(
-            list(unique),
-            device=pipelines.device,
-            do_classifier_free_guidance=False,
-            max_sequence_length=MAX_PROMPT_TOKENS,
-        )
-    by_prompt = dict(zip(unique, made, strict=True))
-    return [by_prompt[prompt] for prompt in prompts]
+    generators = [torch.Generator("cpu").manual_seed(picture.seed) for picture in pictures]
+    sources = _encode_sources(pipelines, shape, pictures, generators) if shape.mode == "edit" else None
+    size = (1, pipelines.generate.transformer.in_channels, shape.height // 8, shape.width // 8)
+    noise = torch.cat([torch.randn(size, generator=generator) for generator in generators]).to(pipelines.device)
+    return noise if sources is None else sigma * noise + (1.0 - sigma) * sources
+
+
+def _encode_sources(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], generators: list[Any]) -> Any:
+    """Return the latents of the sources, one by one: an image of its own whatever its batch."""
+    import torch  # noqa: PLC0415 - as above
+
+    vae = pipelines.generate.vae
+    with torch.inference_mode():
+        pixels = pipelines.generate.image_processor.preprocess(
+            _sources(shape, pictures), height=shape.height, width=shape.width
+        ).to(vae.device, vae.dtype)
+        drawn = [
+            vae.encode(one).latent_dist.sample(generator)
+            for one, generator in zip(pixels.split(1), generators, strict=True)
+        ]
+        return (torch.cat(drawn).float() - vae.config.shift_factor) * vae.config.scaling_factor
 
 
 def _sources(shape: Shape, pictures: Sequence[Picture]) -> Any:

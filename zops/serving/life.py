@@ -16,6 +16,7 @@ from zops.serving.messages import (
     Beat,
     Entered,
     FromWorker,
+    Noticed,
     Passed,
     Ready,
     Shape,
@@ -106,6 +107,10 @@ class Care(Protocol):
 
     def passed(self, worker: "Worker", phase: str, seconds: float) -> None:
         """Take note of how long a phase of a start took."""
+        ...
+
+    def noticed(self, worker: "Worker", text: str) -> None:
+        """Tell the operator what a worker noticed in its start."""
         ...
 
     def lost(self, worker: "Worker", because: str) -> None:
@@ -242,6 +247,8 @@ class Worker:
                 self._care.passed(self, phase, seconds)
             case Ready():
                 self._become_ready(message)
+            case Noticed(text):
+                self._care.noticed(self, text)
             case StartFailed():
                 self.phase, self.reason = "failed", message.message
         self._owner.received(self, message)

@@ -1,8 +1,8 @@
-"""From a verified snapshot on disk to a pipeline on the device. Runs in the worker; torch is imported here only.
+"""From a verified snapshot on disk to a pipeline under its preset on the device. Runs in the worker.
 
-Facts about diffusers 0.42 that shape this module: a dtype given as text becomes float32 with a warning, so real torch
-dtypes are passed; the loader checks no hashes, so the snapshot is checked against its marker right before; `from_pipe`
-casts the weights that two pipelines share, so the second pipeline is built by its constructor.
+The bytes stream to the device while the libraries are imported and the models are made empty (`streaming`,
+`assemble`); then the preset is applied and, on the first start of a host, held to the images of eager (`quality`).
+torch is imported here only; what the libraries do not check is: the snapshot, against its marker, right before.
 """
 
 import gc
@@ -10,18 +10,38 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zops import __version__
 from zops.cache.manifest import Manifest, require_verified
-from zops.serving.generate import Pipelines, decode, denoise, encode_prompts, find_fault, template_of
-from zops.serving.messages import Entered, FromWorker, Passed, Picture, Ready, Shape, WorkerSettings
+from zops.serving.accelerate.choice import Device, Wanted, choose, count_weights, has_triton
+from zops.serving.assemble import give_weights, load_rest, make_empty, weight_files
+from zops.serving.generate import Pipelines, Step, decode, denoise, encode_prompts, find_fault, template_of
+from zops.serving.messages import (
+    Entered,
+    FromWorker,
+    Gate,
+    Noticed,
+    Passed,
+    Picture,
+    Ready,
+    Shape,
+    WorkerSettings,
+)
 from zops.serving.preview import Projection
+from zops.serving.quality import Exam
+from zops.serving.streaming import Streamed, WeightStream
+from zops.serving.volume import Volume, open_volume
+
+if TYPE_CHECKING:
+    from zops.serving.accelerate.preset import Applied
 
 WARMUP_PROMPT = "a lighthouse on a cliff at sunrise, photograph"
-_WEIGHTS = ".safetensors"
+# With the template around them, captions of up to 32, 64, 96 and 128 tokens: nearly all that people write.
+_CAPTION_WORDS = (1, 10, 20, 30)
 Send = Callable[[FromWorker], None]
 
 
@@ -51,40 +71,53 @@ class Target:
 
 
 @dataclass(frozen=True, slots=True)
-class Weights:
-    """The three networks, with their weights on the device."""
-
-    transformer: Any
-    text_encoder: Any
-    vae: Any
-
-
-@dataclass(frozen=True, slots=True)
 class _WarmUp:
     projection: Projection
     pixel_bytes: float | None
 
 
 def load(settings: WorkerSettings, send: Send) -> Loaded:
-    """Load the snapshot, make the warm-up image and look at it, telling each phase.
+    """Load the snapshot, apply the preset, make the warm-up image and look at it, telling each phase.
 
     Raises:
-        ZopsError: when the snapshot is not there, not verified, or changed since it was.
+        ZopsError: when the snapshot is not there, not verified, or changed since it was; when the device cannot
+            compute the preset, or its images fail the quality gate.
         WarmupFailed: when the warm-up image is not a picture.
     """
-    prepare_environment(settings)
-    with _phase(send, "imports"), _no_collection():
-        _import_all()
+    volume = open_volume(settings.kernels, settings.gpus)
+    prepare_environment(settings, volume)
     snapshot = Path(settings.snapshot)
     with _phase(send, "verify"):
         manifest = require_verified(snapshot)
-    target = _target(settings)
+    with _phase(send, "imports"), _no_collection():
+        import torch  # noqa: F401, PLC0415 - only the worker may pay for it
+
+        target = _target(settings)
+        wanted = Wanted(settings.preset, settings.fp8_text, settings.force_preset)
+        choice = choose(wanted, _device(target.device), count_weights(snapshot))
+        exam = Exam(choice, manifest.digest, settings.warmup_size, settings.forwards, settings.force_preset, volume)
+        send(Entered("read"))
+        # Needs torch and nothing else, so the rest of the imports costs no time while there are bytes to wait for.
+        stream = _start_stream(snapshot, manifest, target, exam, verify=settings.verify_on_load)
+        _import_all()
+    send(Entered("build"))
     began = time.monotonic()
-    with _phase(send, "read"):
-        weights = read_weights(snapshot, target)
-    read_s = time.monotonic() - began
-    with _phase(send, "build"):
-        pipelines = build(snapshot, weights)
+    with _no_collection():
+        empty = {component: make_empty(snapshot, component) for component in weight_files(snapshot)}
+        parts = load_rest(snapshot, tuple(empty))
+    made_s = time.monotonic() - began
+    read = stream.result()
+    send(Passed("read", read.seconds))
+    if not read.pinned:
+        send(Noticed("this host refuses to pin memory (ulimit -l), so weights were copied to the GPU slowly"))
+    began = time.monotonic()
+    pipeline = build(empty, parts, read, target)
+    send(Passed("build", made_s + time.monotonic() - began))
+    with _phase(send, "gate"):
+        applied, gate = _apply(pipeline, exam)
+    if gate.trouble:
+        send(Noticed(f"preset {choice.preset}, {gate.result}: {gate.trouble}"))
+    pipelines = Pipelines(pipeline, applied)
     with _phase(send, "warmup"):
         warm = _warm_up(pipelines, settings)
     ready = Ready(
@@ -93,16 +126,20 @@ def load(settings: WorkerSettings, send: Send) -> Loaded:
         versions=_versions(),
         memory_free=_memory_free(target.device),
         pixel_bytes=warm.pixel_bytes,
-        template=template_of(pipelines.generate.tokenizer),
-        cache_bytes=_weight_bytes(manifest),
-        cache_seconds=read_s,
+        template=template_of(pipeline.tokenizer),
+        cache_bytes=read.bytes_read,
+        cache_seconds=read.seconds,
+        preset=choice.preset,
+        gate=gate,
+        packs=choice.preset != "eager",
+        notes=(f"preset {choice.preset}: {choice.reason}", *map(str, applied.notes)),
     )
-    gc.freeze()  # the pipelines stay until the end as well
+    gc.freeze()  # the pipeline stays until the end as well
     return Loaded(pipelines, warm.projection, ready, _memory_gauge(target.device))
 
 
-def prepare_environment(settings: WorkerSettings) -> None:
-    """Set what the libraries read when they are imported: no hub, no telemetry, threads, repeatable matrix products."""
+def prepare_environment(settings: WorkerSettings, volume: Volume | None = None) -> None:
+    """Set what the libraries read when they are imported: no hub, no telemetry, threads, where compilers keep files."""
     os.environ |= {
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -111,63 +148,69 @@ def prepare_environment(settings: WorkerSettings) -> None:
     }
     # cuBLAS picks its workspace by stream otherwise, and equal seeds could give unequal images.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if volume is not None:
+        os.environ |= volume.environment
     if settings.gpus is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = settings.gpus
     if settings.threads is not None:
         os.environ["OMP_NUM_THREADS"] = str(settings.threads)
 
 
-def read_weights(snapshot: Path, target: Target) -> Weights:
-    """Read the weights of the three networks from the disk onto the device, one network after the other."""
-    from diffusers import AutoencoderKL, ZImageTransformer2DModel  # noqa: PLC0415 - imported already
-    from transformers import Qwen3Model  # noqa: PLC0415 - as above
-
-    # Straight to the GPU, shard by shard: by way of the host it would take as much of its memory as there are weights.
-    placed = {"device_map": "cuda"} if target.device == "cuda" else {}
-
-    def read(network: Any, directory: str) -> Any:
-        model = network.from_pretrained(
-            str(snapshot / directory),
-            local_files_only=True,
-            use_safetensors=True,
-            low_cpu_mem_usage=True,
-            dtype=target.dtype,
-            **placed,
-        )
-        return model.eval()
-
-    return Weights(
-        transformer=read(ZImageTransformer2DModel, "transformer"),
-        text_encoder=read(Qwen3Model, "text_encoder"),
-        vae=read(AutoencoderKL, "vae"),
-    )
-
-
-def build(snapshot: Path, weights: Weights) -> Pipelines:
-    """Put both pipelines together around the weights, wherever these came from."""
+def build(empty: dict[str, Any], parts: dict[str, Any], read: Streamed, target: Target) -> Any:
+    """Give empty models their weights and put the pipeline together around them."""
     import torch  # noqa: PLC0415 - imported already
-    from diffusers import (  # noqa: PLC0415 - as above
-        FlowMatchEulerDiscreteScheduler,
-        ZImageImg2ImgPipeline,
-        ZImagePipeline,
-    )
-    from transformers import Qwen2Tokenizer  # noqa: PLC0415 - as above
+    from diffusers import ZImagePipeline  # noqa: PLC0415 - as above
 
     torch.backends.cudnn.benchmark = False  # it picks kernels by timing, so equal seeds could give unequal images
     torch.backends.cudnn.deterministic = True
-    generate = ZImagePipeline(
-        scheduler=FlowMatchEulerDiscreteScheduler.from_pretrained(str(snapshot / "scheduler"), local_files_only=True),
-        tokenizer=Qwen2Tokenizer.from_pretrained(str(snapshot / "tokenizer"), local_files_only=True),
-        transformer=weights.transformer,
-        text_encoder=weights.text_encoder,
-        vae=weights.vae,
-    )
-    edit = ZImageImg2ImgPipeline(**generate.components)
-    for pipeline in (generate, edit):
-        pipeline.set_progress_bar_config(disable=True)
+    for component, model in empty.items():
+        tensors = {
+            name: tensor
+            for path, held in read.files.items()
+            if path.startswith(f"{component}/")
+            for name, tensor in held.items()
+        }
+        parts[component] = give_weights(model, component, tensors, target.device)
+    pipeline = ZImagePipeline(**parts)
+    pipeline.set_progress_bar_config(disable=True)
     # Decoding one image at a time makes an image independent of its neighbours in a batch, to the bit in bfloat16.
-    weights.vae.enable_slicing()
-    return Pipelines(generate, edit, generate.device, weights.vae.dtype)
+    pipeline.vae.enable_slicing()
+    return pipeline
+
+
+def _start_stream(snapshot: Path, manifest: Manifest, target: Target, exam: Exam, *, verify: bool) -> WeightStream:
+    from zops.serving.accelerate.fp8 import quantise_on_arrival  # noqa: PLC0415 - imports torch
+
+    choice = exam.choice
+    # Once eager's images are not needed, fp8 never holds more of the wide weights than are on their way.
+    narrow = choice.preset == "fp8" and not (exam.needs_references and choice.eager_fits)
+    paths = [path for of_component in weight_files(snapshot).values() for path in of_component]
+    return WeightStream(
+        snapshot,
+        paths,
+        target.device,
+        target.dtype,
+        verify=manifest if verify else None,
+        arrived=quantise_on_arrival(text=choice.fp8_text) if narrow else None,
+    )
+
+
+def _apply(pipeline: Any, exam: Exam) -> "tuple[Applied, Gate]":
+    """Apply the preset and hold it to eager's images, which are made before: the preset changes the pipeline."""
+    from zops.serving.accelerate.gate import render  # noqa: PLC0415 - imports torch
+    from zops.serving.accelerate.preset import apply  # noqa: PLC0415 - as above
+    from zops.serving.accelerate.text import remember  # noqa: PLC0415 - as above
+
+    device = pipeline.vae.device
+    channels = pipeline.transformer.in_channels
+    images = partial(render, size=exam.size, forwards=exam.forwards, device=device, channels=channels)
+    references = None
+    if exam.needs_references:
+        references = exam.find_references(lambda: images(apply(pipeline, "eager")))
+    applied = apply(pipeline, exam.choice.preset, fp8_text=exam.choice.fp8_text)
+    if exam.choice.preset != "eager":
+        applied = replace(applied, encode=remember(applied.encode))
+    return applied, exam.judge(references, lambda: images(applied))
 
 
 @contextmanager
@@ -195,16 +238,16 @@ def _no_collection() -> Iterator[None]:
 def _import_all() -> None:
     """Import the very classes that are used; the libraries' own packages import lazily."""
     import diffusers  # noqa: PLC0415 - only the worker may pay for it
-    import torch  # noqa: PLC0415, F401 - as above
     import transformers  # noqa: PLC0415 - as above
     from diffusers import (  # noqa: PLC0415 - as above
         AutoencoderKL,  # noqa: F401 - importing it is what this is for
         FlowMatchEulerDiscreteScheduler,  # noqa: F401 - as above
-        ZImageImg2ImgPipeline,  # noqa: F401 - as above
         ZImagePipeline,  # noqa: F401 - as above
         ZImageTransformer2DModel,  # noqa: F401 - as above
     )
     from transformers import Qwen2Tokenizer, Qwen3Model  # noqa: PLC0415, F401 - as above
+
+    from zops.serving.accelerate import gate  # noqa: PLC0415, F401 - as above
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
@@ -220,8 +263,13 @@ def _target(settings: WorkerSettings) -> Target:
     return Target(device, {"bfloat16": torch.bfloat16, "float32": torch.float32}[chosen])
 
 
-def _weight_bytes(manifest: Manifest) -> int:
-    return sum(entry.size for entry in manifest.files if entry.path.endswith(_WEIGHTS))
+def _device(device: str) -> Device:
+    import torch  # noqa: PLC0415 - imported already
+
+    if device != "cuda":
+        return Device("cpu")
+    properties = torch.cuda.get_device_properties(0)
+    return Device("cuda", (properties.major, properties.minor), properties.total_memory, has_triton())
 
 
 def _warm_up(pipelines: Pipelines, settings: WorkerSettings) -> _WarmUp:
@@ -237,13 +285,35 @@ def _warm_up(pipelines: Pipelines, settings: WorkerSettings) -> _WarmUp:
         # The text encoder's share does not grow with the image.
         torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated() if on_gpu else 0
-    latents = denoise(pipelines, shape, pictures, captions, lambda _step: True)[0]
+    latents = denoise(pipelines, shape, pictures, captions, _go_on)[0]
     pixels = decode(pipelines, latents)
     peak = torch.cuda.max_memory_allocated() if on_gpu else 0
     fault = find_fault(pixels)
     if fault:
         raise WarmupFailed(f"the warm-up image is {fault}: these weights, on this device, in this dtype, do not work")
+    if on_gpu:
+        _repeat(pipelines, shape, settings.sizes)
     return _WarmUp(Projection.fit(latents, pixels), (peak - before) / size**2 if on_gpu else None)
+
+
+def _repeat(pipelines: Pipelines, shape: Shape, sizes: tuple[int, ...]) -> None:
+    """Make what else requests would wait for: kernels of other sizes, and the graphs, captured by a second call."""
+    import torch  # noqa: PLC0415 - imported already
+
+    for words in _CAPTION_WORDS:
+        for turn in range(2):  # other words each time: a prompt that is known is not encoded
+            pipelines.applied.encode([f"{WARMUP_PROMPT}{f', {turn}' * words}"])
+    pictures = [Picture("warmup", WARMUP_PROMPT, seed=0)]
+    for size in (shape.width, *(size for size in sizes if size != shape.width for _ in range(2))):
+        again = replace(shape, width=size, height=size)
+        captions = encode_prompts(pipelines, again, pictures)
+        decode(pipelines, denoise(pipelines, again, pictures, captions, _go_on)[0])
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+
+
+def _go_on(_step: Step) -> bool:
+    return True
 
 
 def _memory_free(device: str) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 # Phases of a start in their order; /readyz and the metrics name them.
-PHASES = ("imports", "verify", "read", "build", "warmup")
+PHASES = ("verify", "imports", "read", "build", "gate", "warmup")
 MAX_PROMPT_TOKENS = 512
 """What ZImagePipeline gives its text encoder (max_sequence_length); it would cut a longer prompt without a word."""
 BUCKET_TOKENS = 32
@@ -18,6 +18,9 @@ BEAT_S = 0.5
 """A worker that lives sends a `Beat` this often, from a thread of its own, also in the midst of a forward."""
 
 Mode = Literal["generate", "edit"]
+GateResult = Literal["reference", "passed", "forced", "not judged"]
+"""`reference`: eager itself. `forced`: it failed and is served because the operator says so. `not judged`: eager does
+not fit into this device's memory and no images of it were kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,18 @@ class WorkerSettings:
     warmup_size: int
     threads: int | None = None
     """Threads of a worker on a CPU; None leaves torch's own choice."""
+    preset: str = "auto"
+    """eager, bf16, fp8, or auto: see `accelerate.choice`."""
+    fp8_text: bool | None = None
+    """Whether the preset fp8 takes the text encoder as well; None: where it does not fit otherwise."""
+    force_preset: bool = False
+    """Serve a preset that the gate fails, or that this device computes by reference only."""
+    verify_on_load: bool = False
+    """Compare every byte of the weights with its recorded digest on the way to the device."""
+    kernels: str | None = None
+    """Directory for compiled kernels and verdicts of the gate; None keeps neither."""
+    sizes: tuple[int, ...] = ()
+    """Edges of further square images that the warm-up makes, so that no request waits for what a first one costs."""
 
 
 # --- to a worker
@@ -105,6 +120,25 @@ class Passed:
 
 
 @dataclass(frozen=True, slots=True)
+class Gate:
+    """What the quality gate said of the preset, on this host."""
+
+    result: GateResult
+    psnr_db: float | None = None
+    """Of the image that is furthest from what eager makes of the same prompt and seed; None without a comparison."""
+    ssim: float | None = None
+    trouble: str = ""
+    """Why it did not pass."""
+
+
+@dataclass(frozen=True, slots=True)
+class Noticed:
+    """Something that an operator should know, and that stops nothing."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class Ready:
     """A warm-up image was made and looked at. Names what the worker runs on, and what only it can know."""
 
@@ -120,6 +154,12 @@ class Ready:
     cache_bytes: int = 0
     """Bytes of weights that were read from the snapshot on local disk."""
     cache_seconds: float = 0.0
+    preset: str = "eager"
+    gate: Gate = Gate("reference")
+    packs: bool = False
+    """Whether captions of different lengths go into one batch at no cost."""
+    notes: tuple[str, ...] = ()
+    """What was done to the pipeline, and what was left out and why."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,4 +239,4 @@ class Free:
 
 ToWorker = Batch | Cancel
 Answer = Made | Failed | Cancelled
-FromWorker = Entered | Passed | Ready | StartFailed | Beat | Preview | Answer | Free
+FromWorker = Entered | Passed | Noticed | Ready | StartFailed | Beat | Preview | Answer | Free

@@ -66,9 +66,10 @@ METRICS: dict[str, MetricKind] = {
     ),
     "zops_build_info": MetricKind(
         "gauge",
-        ("version", "model", "revision", "manifest", "device", "dtype", "torch", "diffusers"),
+        ("version", "model", "revision", "manifest", "device", "dtype", "torch", "diffusers", "preset", "gate"),
         "always 1; what is served, and what with",
     ),
+    "zops_gate_psnr_db": MetricKind("gauge", (), "how near the preset's images are to eager's, where it was compared"),
 }
 
 
@@ -107,6 +108,7 @@ class Metrics:
         self.replays = self._counter("zops_replays_total")
         self.connections_dropped = self._counter("zops_connections_dropped_total")
         self._build_info = self._gauge("zops_build_info")
+        self._gate_psnr = self._gauge("zops_gate_psnr_db")
 
     def tell_facts(self, facts: Ready) -> None:
         """Publish what the worker runs on, in place of what an earlier one ran on."""
@@ -122,7 +124,11 @@ class Metrics:
             facts.dtype,
             versions["torch"],
             versions["diffusers"],
+            facts.preset,
+            facts.gate.result,
         ).set(1)
+        if facts.gate.psnr_db is not None:
+            self._gate_psnr.set(facts.gate.psnr_db)
 
     def tell_memory(self, worker: int, used: int | None, total: int | None) -> None:
         """Publish the memory of a worker's GPU in bytes, where there is one."""

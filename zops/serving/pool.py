@@ -74,6 +74,10 @@ class Pool:
         self.metrics.start_phase.labels(phase).set(seconds)
         self.tell(worker, phase, seconds)
 
+    def noticed(self, worker: Worker, text: str) -> None:
+        """Tell the operator what a worker noticed in its start."""
+        self._report(Warned(f"{self._name(worker)}{text}"))
+
     def tell(self, worker: Worker, text: str, seconds: float) -> None:
         """Report what a worker has done; it is named where there are several."""
         name = f"{self._name(worker)}{text}"

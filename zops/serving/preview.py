@@ -61,6 +61,9 @@ class Previews:
 
     def look(self, step: Step, pictures: Sequence[Picture], skip: Collection[str]) -> None:
         """Send what is due after a forward. `skip` names pictures that nobody waits for."""
+        if not any(picture.previews for picture in pictures):
+            return
+        now = step.latents()
         for position, picture in enumerate(pictures):
             due = preview_forwards(picture.previews, self._forwards)
             if step.done not in due or picture.id in skip or self._before is None:
@@ -68,10 +71,10 @@ class Previews:
             index = due.index(step.done)
             if index >= self._sent.get(picture.id, 0):
                 self._sent[picture.id] = index + 1
-                clean = predict_clean(self._before[position], step, position)
+                clean = predict_clean(self._before[position], now[position], step)
                 height, width = clean.shape[1:]
                 self._send(Preview(picture.id, index, width, height, to_rgb(self._projection.apply(clean))))
-        self._before = step.latents if any(picture.previews for picture in pictures) else None
+        self._before = now
 
 
 def preview_forwards(previews: int, forwards: int) -> tuple[int, ...]:
@@ -81,8 +84,7 @@ def preview_forwards(previews: int, forwards: int) -> tuple[int, ...]:
     return tuple(possible[(2 * index + 1) * len(possible) // (2 * count)] for index in range(count))
 
 
-def predict_clean(before: Any, step: Step, position: int) -> Any:
-    """Return the clean latents that the last forward pointed to, from the latents before and after it."""
-    after = step.latents[position]
+def predict_clean(before: Any, after: Any, step: Step) -> Any:
+    """Return the clean latents that a forward pointed to, from the latents before and after it."""
     velocity = (after - before) / (step.sigma_after - step.sigma_before)
     return after - step.sigma_after * velocity

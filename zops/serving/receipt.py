@@ -13,7 +13,7 @@ from xml.sax.saxutils import escape
 
 from zops import __version__
 from zops.serving.fields import Format
-from zops.serving.messages import Made, Mode, Preview, Shape
+from zops.serving.messages import Made, Mode, Preview, Ready, Shape
 from zops.serving.png import write_png
 
 # IPTC's digital source types, http://cv.iptc.org/newscodes/digitalsourcetype/: the machine-readable mark that the EU AI
@@ -38,6 +38,10 @@ class Receipt:
     revision: str
     manifest_digest: str
     dtype: str
+    preset: str
+    """How the pipeline was made faster: eager, bf16 or fp8."""
+    gate: str
+    """What the quality gate said of the preset: reference, passed, forced or not judged."""
     mode: Mode
     seed: int
     forwards: int
@@ -52,13 +56,17 @@ class Receipt:
     """Whether the prompt was longer than the text encoder reads, and was cut."""
 
     @classmethod
-    def of(cls, made: Made, shape: Shape, *, model: str, revision: str, manifest_digest: str, dtype: str) -> "Receipt":
-        """Write the receipt of a picture that was made with a shape."""
+    def of(
+        cls, made: Made, shape: Shape, *, model: str, revision: str, manifest_digest: str, facts: Ready | None
+    ) -> "Receipt":
+        """Write the receipt of a picture that was made with a shape, by a worker with these facts."""
         return cls(
             model=model,
             revision=revision,
             manifest_digest=manifest_digest,
-            dtype=dtype,
+            dtype=facts.dtype if facts else "",
+            preset=facts.preset if facts else "",
+            gate=facts.gate.result if facts else "",
             mode=shape.mode,
             seed=made.seed,
             forwards=made.forwards,

@@ -6,6 +6,7 @@ lost, a timer fires. So there are no locks.
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import asdict, replace
 from typing import Any, Protocol
 
 from zops.errors import ZopsError
@@ -136,6 +137,8 @@ class Scheduler:
             ApiError: not_ready, draining or queue_full, each with the time to come back.
         """
         self._refuse()
+        if all(worker.facts.packs for worker in self._pool.workers if worker.ready and worker.facts):
+            shape = replace(shape, bucket=0)  # captions of any length go into one batch
         loop = asyncio.get_running_loop()
         now = loop.time()
         deadline = now + self._bounds.request_timeout_s
@@ -209,6 +212,9 @@ class Scheduler:
             "phases": {phase: furthest.phase_seconds.get(phase) for phase in PHASES},
             "device": facts.device if facts else None,
             "dtype": facts.dtype if facts else None,
+            "preset": facts.preset if facts else None,
+            "gate": asdict(facts.gate) if facts else None,
+            "notes": list(facts.notes) if facts else [],
             "versions": dict(facts.versions) if facts else {},
             "workers": [worker.snapshot() for worker in self._pool.workers],
             "queue": {"waiting": self.waiting, "running": self.running, "limit": self._bounds.max_queue},

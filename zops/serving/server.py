@@ -205,6 +205,12 @@ def _worker_settings(
             guidance_scale=limits.guidance_scale,
             warmup_size=spec.serve.warmup_size,
             threads=seat.threads,
+            preset=spec.serve.preset,
+            fp8_text=None if spec.serve.fp8_text == "auto" else spec.serve.fp8_text,
+            force_preset=spec.serve.force_preset,
+            verify_on_load=spec.serve.verify_on_load,
+            kernels=str(spec.cache.kernels) if spec.cache.kernels else None,
+            sizes=(limits.default_size,),
         )
         for seat in seats
     )

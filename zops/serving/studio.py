@@ -165,14 +165,13 @@ class Studio:
         return {phase: round(value, 4) for phase, value in seconds.items()}
 
     def _encode(self, wanted: ImageRequest, made: Made, queue_s: float, retries: int) -> tuple[bytes, ImageItem]:
-        facts = self._scheduler.facts
         receipt = Receipt.of(
             made,
             wanted.shape,
             model=self._identity.model,
             revision=self._identity.revision,
             manifest_digest=self._identity.manifest_digest,
-            dtype=facts.dtype if facts else "",
+            facts=self._scheduler.facts,
         )
         began = time.monotonic()
         content = encode(made.rgb, receipt, wanted.output_format, wanted.quality, mark=self.limits.mark_images)

@@ -37,7 +37,8 @@ def main(connection: "Connection[ToWorker, FromWorker]", settings: WorkerSetting
     except Exception as error:  # noqa: BLE001 - whatever it is, the HTTP process must be able to tell it
         if not isinstance(error, ZopsError | WarmupFailed):
             traceback.print_exc()
-        outbox.send(StartFailed(str(error) or type(error).__name__))
+        hint = f"; {error.hint}" if isinstance(error, ZopsError) and error.hint else ""
+        outbox.send(StartFailed(f"{error}{hint}" if str(error) else type(error).__name__))
         sys.exit(1)
     heart.memory = loaded.memory
     outbox.send(loaded.ready)

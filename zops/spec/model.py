@@ -46,11 +46,15 @@ class Cache(_Section):
     """Where snapshots live on this host: a directory on a local SSD."""
 
     dir: Path = Field(Path("~/.cache/zops"), description="root of the cache, mounted read-only into instances")
+    kernels: Path | None = Field(
+        None,
+        description="where a process keeps compiled kernels and gate verdicts; its state directory when empty",
+    )
 
-    @field_validator("dir")
+    @field_validator("dir", "kernels")
     @classmethod
-    def _home(cls, value: Path) -> Path:
-        return value.expanduser()
+    def _home(cls, value: Path | None) -> Path | None:
+        return value and value.expanduser()
 
 
 class Image(_Section):
@@ -71,6 +75,16 @@ class Serve(_Section):
     port: int = Field(8000, ge=1, le=65535)
     dtype: Literal["auto", "bfloat16", "float32"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on a CPU"
+    )
+    preset: Literal["auto", "eager", "bf16", "fp8"] = Field(
+        "auto", description="auto: bf16 where it fits into the GPU, else fp8; eager on a CPU"
+    )
+    fp8_text: Literal["auto"] | bool = Field(
+        "auto", description="the text encoder in fp8 too (preset fp8 only); auto: where it does not fit otherwise"
+    )
+    force_preset: bool = Field(default=False, description="serve a preset that the quality gate refuses")
+    verify_on_load: bool = Field(
+        default=False, description="compare all weights with their recorded digests while they are loaded"
     )
     forwards: int | None = Field(None, ge=1, le=200, description="forwards an image; the catalog's number when empty")
     guidance_scale: float | None = Field(

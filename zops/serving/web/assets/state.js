@@ -9,7 +9,7 @@ const EAGER_MS = 1000;
 const GIB = 2 ** 30;
 const GOOD = "ready";
 /** Phases of a start, in their order. */
-export const START_PHASES = ["imports", "verify", "read", "build", "warmup"];
+export const START_PHASES = ["verify", "imports", "read", "build", "gate", "warmup"];
 
 /** Asks for the state again and again, and shows it in the head of the page. */
 export class StateWatch {
