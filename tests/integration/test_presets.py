@@ -15,7 +15,7 @@ from zops.serving.accelerate import gate  # noqa: E402
 from zops.serving.accelerate.choice import Device  # noqa: E402
 from zops.serving.accelerate.fp8 import Fp8Linear  # noqa: E402
 from zops.serving.loader import load  # noqa: E402
-from zops.serving.messages import Cancelled, Gate, Made, Noticed  # noqa: E402
+from zops.serving.messages import Cancelled, Gate, Made, Noticed, WorkerSettings  # noqa: E402
 
 EDIT = replace(SHAPE, mode="edit", strength=0.6)
 SOURCE = random.Random(1).randbytes(SHAPE.width * SHAPE.height * 3)
@@ -232,7 +232,12 @@ def test_the_warm_up_must_make_each_size_twice_and_captions_of_several_lengths(f
             sizes.append(latents.shape[2] * 8) or plain.denoise(embeds, latents, **how)
         ),
     )
-    loader._repeat(Pipelines(fast.pipelines.generate, applied), replace(SHAPE, height=64), (64, 96))
-    assert sizes == [64, 96, 96], "the look at the first image was the first call of its size"
+    settings = WorkerSettings("", "", "auto", "", 4, 0.0, warmup_size=64, sizes=(64, 96))
+    chores = loader._chores(Pipelines(fast.pipelines.generate, applied), settings)
+    assert sizes == [], "nothing is done before the worker has time for it"
+    next(chores)
+    assert sizes == [96]
+    assert len(list(chores)) == 1 + 2 * len(loader._CAPTION_WORDS)
+    assert sizes == [96, 96], "the warm-up has made its own size twice"
     lengths = [len(prompt) for prompt in prompts if prompt != loader.WARMUP_PROMPT]
     assert len(set(lengths)) == len(lengths) / 2 == len(loader._CAPTION_WORDS)

@@ -158,6 +158,7 @@ def test_readiness_must_tell_what_is_served(served, path):
 def test_info_must_tell_the_same_as_readiness(served):
     info = served.call("GET", "/v1/zops/info").json
     assert info.pop("snapshot_writable") is True
+    assert info.pop("limits")["max_pixels"] > 0
     assert info == {k: v for k, v in served.state.items() if k != "status"}
 
 

@@ -10,7 +10,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +58,8 @@ class Loaded:
     ready: Ready
     memory: Callable[[], tuple[int, int] | None]
     """Returns used and total bytes of the device, None where that cannot be told. May be called by any thread."""
+    chores: Iterator[None] = field(default_factory=lambda: iter(()))
+    """Each step does a little of what makes later requests faster; for the worker's first idle moments."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +137,8 @@ def load(settings: WorkerSettings, send: Send) -> Loaded:
         notes=(f"preset {choice.preset}: {choice.reason}", *map(str, applied.notes)),
     )
     gc.freeze()  # the pipeline stays until the end as well
-    return Loaded(pipelines, warm.projection, ready, _memory_gauge(target.device))
+    chores = _chores(pipelines, settings) if target.device == "cuda" else iter(())
+    return Loaded(pipelines, warm.projection, ready, _memory_gauge(target.device), chores)
 
 
 def prepare_environment(settings: WorkerSettings, volume: Volume | None = None) -> None:
@@ -148,6 +151,8 @@ def prepare_environment(settings: WorkerSettings, volume: Volume | None = None) 
     }
     # cuBLAS picks its workspace by stream otherwise, and equal seeds could give unequal images.
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    # Weights that are narrowed on arrival leave holes of all sizes; pages can be given back, whole segments could not.
+    os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
     if volume is not None:
         os.environ |= volume.environment
     if settings.gpus is not None:
@@ -292,22 +297,36 @@ def _warm_up(pipelines: Pipelines, settings: WorkerSettings) -> _WarmUp:
     if fault:
         raise WarmupFailed(f"the warm-up image is {fault}: these weights, on this device, in this dtype, do not work")
     if on_gpu:
-        _repeat(pipelines, shape, settings.sizes)
+        _make_again(pipelines, shape)  # captures the graph, which the first request would wait for
+        torch.cuda.empty_cache()
     return _WarmUp(Projection.fit(latents, pixels), (peak - before) / size**2 if on_gpu else None)
 
 
-def _repeat(pipelines: Pipelines, shape: Shape, sizes: tuple[int, ...]) -> None:
-    """Make what else requests would wait for: kernels of other sizes, and the graphs, captured by a second call."""
+def _make_again(pipelines: Pipelines, shape: Shape) -> None:
+    pictures = [Picture("warmup", WARMUP_PROMPT, seed=0)]
+    captions = encode_prompts(pipelines, shape, pictures)
+    decode(pipelines, denoise(pipelines, shape, pictures, captions, _go_on)[0])
+
+
+def _chores(pipelines: Pipelines, settings: WorkerSettings) -> Iterator[None]:
+    """Do, a step at a time, what later requests would wait a little for: graphs of other sizes and caption lengths.
+
+    None of it compiles anything, so the server is ready before it; a graph is captured by the second call.
+    """
     import torch  # noqa: PLC0415 - imported already
 
-    for words in _CAPTION_WORDS:
-        for turn in range(2):  # other words each time: a prompt that is known is not encoded
-            pipelines.applied.encode([f"{WARMUP_PROMPT}{f', {turn}' * words}"])
-    pictures = [Picture("warmup", WARMUP_PROMPT, seed=0)]
-    for size in (shape.width, *(size for size in sizes if size != shape.width for _ in range(2))):
-        again = replace(shape, width=size, height=size)
-        captions = encode_prompts(pipelines, again, pictures)
-        decode(pipelines, denoise(pipelines, again, pictures, captions, _go_on)[0])
+    shape = Shape("generate", 0, 0, settings.forwards, settings.guidance_scale, bucket=0)
+    try:
+        for size in settings.sizes:
+            for _ in range(0 if size == settings.warmup_size else 2):
+                _make_again(pipelines, replace(shape, width=size, height=size))
+                yield
+        for words in _CAPTION_WORDS:
+            for turn in range(2):  # other words each time: a prompt that is known is not encoded
+                pipelines.applied.encode([f"{WARMUP_PROMPT}{f', {turn}' * words}"])
+                yield
+    except torch.OutOfMemoryError:
+        pass  # requests of these sizes will be told; this is no reason to fail
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
 

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
 from typing import Any
 
@@ -23,6 +23,9 @@ from zops.serving.loader import WarmupFailed, load
 from zops.serving.messages import BEAT_S, Batch, Beat, Cancel, Free, FromWorker, StartFailed, ToWorker, WorkerSettings
 
 ORPHAN_GRACE_S = 1.5
+# Chores are for a worker that has nothing to do: while requests follow each other, none waits for one.
+CHORES_AFTER_S = 2.0
+_DONE = object()
 
 
 def main(connection: "Connection[ToWorker, FromWorker]", settings: WorkerSettings) -> None:
@@ -43,7 +46,7 @@ def main(connection: "Connection[ToWorker, FromWorker]", settings: WorkerSetting
     heart.memory = loaded.memory
     outbox.send(loaded.ready)
     maker = Maker(loaded.pipelines, loaded.projection, outbox.send, inbox.cancelled, progress)
-    while (batch := inbox.next_batch()) is not None:
+    while (batch := inbox.next_batch(loaded.chores)) is not None:
         try:
             fits = maker.make(batch)
         except DeviceLost:
@@ -74,11 +77,22 @@ class Inbox:
         self._cancelled: set[str] = set()
         threading.Thread(target=self._read, name="inbox", daemon=True).start()
 
-    def next_batch(self) -> Batch | None:
-        """Wait for the next batch; None when the HTTP process is gone. What was cancelled before is forgotten."""
-        batch = self._batches.get()
+    def next_batch(self, chores: Iterator[None]) -> Batch | None:
+        """Wait for the next batch, doing chores after a while; None when the HTTP process is gone.
+
+        What was cancelled before is forgotten.
+        """
+        batch = self._wait(chores)
         self._cancelled &= {picture.id for picture in batch.pictures} if batch else set()
         return batch
+
+    def _wait(self, chores: Iterator[None]) -> Batch | None:
+        try:
+            return self._batches.get(timeout=CHORES_AFTER_S)
+        except queue.Empty:
+            while self._batches.empty() and next(chores, _DONE) is not _DONE:
+                pass
+            return self._batches.get()
 
     def cancelled(self, picture: str) -> bool:
         """Tell whether nobody waits for a picture any more."""
