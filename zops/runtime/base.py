@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Literal, Protocol
 
 from zops.events import Report
-from zops.spec import Spec
+from zops.spec import Serve, Spec, variable
 
 State = Literal["created", "running", "restarting", "paused", "exited", "dead"]
 
@@ -75,6 +75,21 @@ class Deployment:
         return body
 
 
+# These are about the host: where an instance is published, how long it is waited for, where the keys' file lies.
+_OF_THE_HOST = {"host", "port", "startup_timeout_s", "api_keys"}
+
+
+def _changed(serve: Serve, already: set[str]) -> dict[str, str]:
+    """Return the variables of all other keys of `serve` that somebody set: what is default here is default inside."""
+    names = {name: variable(f"serve.{name}") for name in Serve.model_fields if name not in _OF_THE_HOST}
+    default = Serve()
+    return {
+        key: str(value).lower() if isinstance(value, bool) else str(value)
+        for name, key in names.items()
+        if key not in already and (value := getattr(serve, name)) != getattr(default, name)
+    }
+
+
 def serve_environment(
     deployment: Deployment, *, snapshot: str, cache_dir: str, host: str, port: int, keys_dir: Path | str | None = None
 ) -> dict[str, str]:
@@ -116,10 +131,7 @@ def serve_environment(
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
     }
-    if serve.forwards is not None:
-        chosen["ZOPS_SERVE_FORWARDS"] = str(serve.forwards)
-    if serve.guidance_scale is not None:
-        chosen["ZOPS_SERVE_GUIDANCE_SCALE"] = str(serve.guidance_scale)
+    chosen |= _changed(serve, set(chosen))
     if serve.api_keys is not None:
         chosen["ZOPS_SERVE_API_KEYS"] = str(Path(keys_dir or serve.api_keys.parent) / serve.api_keys.name)
     return chosen
