@@ -169,7 +169,7 @@ def test_a_host_without_a_driver_must_be_a_fact_not_an_error(tmp_path):
     assert "no NVIDIA driver" in found["reason"]
 
 
-@pytest.mark.parametrize("scenario", ["h200", "ada-24gb", "sick", "v100-retired-pages"])
+@pytest.mark.parametrize("scenario", ["h200", "ada-24gb", "sick", "v100-retired-pages", "h200-recorded"])
 def test_what_is_recorded_from_a_host_must_give_the_same_facts_again(library, tmp_path, scenario):
     recorded = tmp_path / "recorded.nvml"
     subprocess.run(
@@ -244,3 +244,8 @@ def test_capacity_must_tell_what_fits_and_its_fields_must_be_documented(gpu_host
     gpu_host.write(model="zops/synthetic-full", serve={"max_pixels": gpu["largest_pixels"]["bfloat16"]})
     assert doctor(gpu_host, library, "ada-24gb", "--only", "gpu-memory")[0] == 0
     assert set(fields(body)) == documented()["doctor --capacity"]
+
+
+def test_what_was_recorded_on_a_real_h200_must_read_as_a_sound_gpu(library):
+    (gpu,) = facts(library, "h200-recorded")["gpus"]
+    assert (gpu["name"], gpu["compute_capability"], gpu["memory_total_bytes"]) == ("NVIDIA H200", [9, 0], 150754820096)
