@@ -78,6 +78,18 @@ def test_the_same_request_meanwhile_must_wait_for_the_same_answer(front):
     assert len(front.scheduler.submitted) == 1
 
 
+def test_who_waited_for_an_error_that_may_pass_must_try_for_himself(front):
+    front.scheduler.error = ApiError("queue_full", "full", retry_after_s=1)
+
+    async def act(client):
+        return await asyncio.gather(post(client), post(client), post(client))
+
+    answers = drive(front, act)
+    assert {error_of(answer) for answer in answers} == {(429, "queue_full")}
+    assert [answer.json()["error"]["request_id"] for answer in answers] == [a.headers["x-request-id"] for a in answers]
+    assert len(front.scheduler.submitted) == 3
+
+
 @pytest.mark.parametrize("held", [True, False], ids=["while it runs", "afterwards"])
 def test_another_request_with_the_same_key_must_be_refused(front, held):
     front.scheduler.hold = held

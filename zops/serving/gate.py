@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from zops.serving.body import discard_body
 from zops.serving.errors import ApiError
 from zops.serving.keys import KeyRing
 from zops.serving.metrics import Metrics
@@ -134,5 +135,7 @@ async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -
     if error.status == 401:
         wrong = ', error="invalid_token"' if error.code == "invalid_api_key" else ""
         headers["WWW-Authenticate"] = f'Bearer realm="zops"{wrong}'
+    if not any(name == b"expect" for name, _ in scope["headers"]):  # who waits for "100 Continue" sends nothing yet
+        await discard_body(receive)
     request_id = scope.get("state", {}).get("request_id")
     await JSONResponse(error.body(request_id), error.status, headers)(scope, receive, send)

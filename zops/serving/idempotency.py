@@ -150,7 +150,8 @@ class Idempotency:
         fingerprint = fingerprint_of(scope, body)
         while entry := self.answers.find(owner, fingerprint):
             answer = await asyncio.shield(entry.answer)
-            if answer:
+            # What is not final was the other request's bad luck: this one tries for itself, and is the one to wait for.
+            if answer and answer.final:
                 await self._repeat(answer, send)
                 return
         entry = self.answers.open(owner, fingerprint)
