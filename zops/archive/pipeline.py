@@ -156,9 +156,11 @@ def _keep_freed_memory() -> None:
 
     By default each frame gets pages of its own from the kernel and gives them back: a seventh of a backup's time.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for parameter, value in _HEAP.items() if mallopt else ():
-        mallopt(parameter, value)
+    library = ctypes.CDLL(None)
+    if not hasattr(library, "mallopt"):
+        return
+    for parameter, value in _HEAP.items():
+        library.mallopt(parameter, value)
 
 
 class _Threads:
