@@ -61,7 +61,7 @@ def test_schemathesis_must_find_nothing(small, tmp_path):
         env=clean_environment(PYTHONPATH=""),
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert done.returncode == 0, done.stdout[-8000:]
     assert f"Tested: {len(PATHS) - len(UNDESCRIBED)}" in done.stdout

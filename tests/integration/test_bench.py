@@ -15,11 +15,18 @@ from tests.support.waiting import eventually
 from zops.bench.child import run_inside
 from zops.bench.pages import bring, share
 from zops.bench.result import read_result, write_result
+from zops.cache.synthetic import synthesize_snapshot
 from zops.cli.main import run
 from zops.errors import ZopsError
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory):
+    """A model of its own: what a server of other tests has mapped cannot be dropped from the page cache."""
+    return synthesize_snapshot(tmp_path_factory.mktemp("bench") / "tiny", "tiny").path
 
 
 @pytest.fixture
