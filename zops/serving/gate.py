@@ -51,7 +51,7 @@ class Gate:
             return
         reply = _Reply(send)
         makes_images = scope["method"] == "POST" and scope["path"] in IMAGE_PATHS
-        allowance = None
+        allowance, inside = None, False
         try:
             check_head(scope)
             allowance = reply.allowance = self._admit(scope)
@@ -61,6 +61,7 @@ class Gate:
             allowance.take_request()
             with allowance.take_place() as place:
                 scope["state"]["place"] = place
+                inside = True
                 await self._app(scope, receive, reply.send)
         except ApiError as error:
             if reply.status:
@@ -68,6 +69,8 @@ class Gate:
             if makes_images:
                 self._metrics.requests.labels(str(error.status)).inc()
                 self._metrics.refused.labels(error.code).inc()
+            if not inside and not any(name == b"expect" for name, _ in scope["headers"]):
+                await discard_body(receive)  # but who waits for "100 Continue" sends nothing yet
             await _answer(error, scope, receive, reply.send)
         finally:
             if makes_images and allowance and allowance.client:
@@ -135,7 +138,5 @@ async def _answer(error: ApiError, scope: Scope, receive: Receive, send: Send) -
     if error.status == 401:
         wrong = ', error="invalid_token"' if error.code == "invalid_api_key" else ""
         headers["WWW-Authenticate"] = f'Bearer realm="zops"{wrong}'
-    if not any(name == b"expect" for name, _ in scope["headers"]):  # who waits for "100 Continue" sends nothing yet
-        await discard_body(receive)
     request_id = scope.get("state", {}).get("request_id")
     await JSONResponse(error.body(request_id), error.status, headers)(scope, receive, send)
