@@ -86,6 +86,20 @@ def test_nobody_else_must_get_in_and_the_answer_must_say_how(tmp_path, headers, 
     assert front.count("zops_requests_total", status="401") == 1
 
 
+def test_who_is_refused_by_the_head_alone_must_be_heard_out(tmp_path):
+    """A connection that is closed while a client still sends would cost it the answer."""
+    sent = []
+
+    async def pieces():
+        for number in range(3):
+            sent.append(number)
+            yield b" "
+
+    answer = drive(Keyed(tmp_path), lambda client: client.post(GENERATIONS, content=pieces()))
+    assert error_of(answer) == (401, "missing_api_key")
+    assert sent == [0, 1, 2]
+
+
 def test_every_path_must_be_guarded_but_those_that_everybody_may_see(tmp_path):
     front = Keyed(tmp_path)
     open_paths = {path.partition(" ")[2] for path in PATHS if not is_guarded(path.partition(" ")[2])}
