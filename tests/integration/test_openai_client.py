@@ -8,7 +8,7 @@ import socket
 import time
 from pathlib import Path
 
-import httpx
+import httpx2
 import openai
 import pytest
 from PIL import Image
@@ -74,7 +74,7 @@ def test_a_url_must_give_the_image(served, client):
     inline = client.images.generate(**ASK, **seeded(5)).data[0].b64_json
     url = client.images.generate(**ASK, response_format="url", **seeded(5)).data[0].url
     assert url.startswith(f"{served.url}/v1/images/")
-    assert httpx.get(url).content == base64.b64decode(inline)
+    assert httpx2.get(url).content == base64.b64decode(inline)
 
 
 def test_a_stream_must_show_previews_and_end_with_the_image(client):
@@ -130,7 +130,7 @@ def test_an_edit_must_be_streamed(client):
 
 def test_an_edit_must_be_fetched_by_url(client):
     url = client.images.edit(image=png(), prompt="a cat", response_format="url").data[0].url
-    assert Image.open(io.BytesIO(httpx.get(url).content)).size == (64, 64)
+    assert Image.open(io.BytesIO(httpx2.get(url).content)).size == (64, 64)
 
 
 def test_a_mask_must_be_refused_by_name(client):
@@ -237,8 +237,8 @@ def test_a_guarded_server_must_know_its_clients(tiny_model, tmp_path):
         assert (caught.value.status_code, caught.value.code) == (401, "invalid_api_key")
         with client_for(server, api_key=secrets["alice"]) as alice:
             url = alice.images.generate(**ASK, response_format="url").data[0].url
-        assert httpx.get(url).status_code == 401
-        got = {name: httpx.get(url, headers={"Authorization": f"Bearer {key}"}) for name, key in secrets.items()}
+        assert httpx2.get(url).status_code == 401
+        got = {name: httpx2.get(url, headers={"Authorization": f"Bearer {key}"}) for name, key in secrets.items()}
         assert (got["alice"].status_code, got["bob"].status_code) == (200, 404)
         assert Image.open(io.BytesIO(got["alice"].content)).size == (64, 64)
     finally:

@@ -5,7 +5,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import httpx
+import httpx2
 
 from zops.catalog.tokenizer import tokenizer_files
 from zops.serving.access import AccessLog, set_up_log
@@ -108,6 +108,6 @@ def build_app(snapshot: Path, scheduler, *, log=None, limits: Limits, metrics: M
 @asynccontextmanager
 async def client_of(app):
     """Yield a client that calls an application in this event loop."""
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://zops.test") as client:
+    transport = httpx2.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx2.AsyncClient(transport=transport, base_url="http://zops.test") as client:
         yield client
