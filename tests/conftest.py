@@ -16,6 +16,7 @@ def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("ZOPS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("ZOPS_LOCK_DIR", str(tmp_path / "locks"))
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 

@@ -26,6 +26,7 @@ COMMANDS: dict[str, tuple[str, str, str]] = {
     "ps": ("zops.cli.instances", "ps", "List the instances on this host."),
     "logs": ("zops.cli.instances", "logs", "Print the log of the instance."),
     "health": ("zops.cli.health", "health", "Judge running instances, layer by layer."),
+    "watch": ("zops.cli.watch", "watch", "Watch the instances of this host and heal them."),
     "generate": ("zops.cli.generate", "generate", "Make an image with the running instance."),
     "cache": ("zops.cli.cache", "cache", "Pull, verify, scrub, warm, back up and restore snapshots."),
     "archive": ("zops.cli.archive", "archive", "List, show, verify, compare and prune archives."),

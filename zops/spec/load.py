@@ -21,7 +21,7 @@ SYSTEM_FILE = Path("/etc/zops/zops.yaml")
 # Variables that steer the program itself and are no part of the specification.
 RESERVED_VARIABLES = frozenset({
     "ZOPS_FILE", "ZOPS_DEBUG", "ZOPS_OUTPUT", "ZOPS_STATE_DIR", "ZOPS_SNAPSHOT", "ZOPS_API_KEY", "ZOPS_PUBLISHED",
-    "ZOPS_PASSPHRASE",
+    "ZOPS_PASSPHRASE", "ZOPS_WATCH_WEBHOOK", "ZOPS_LOCK_DIR",
 })  # fmt: skip
 # Keys that hold a path of this host (or, the second and third, perhaps a URL).
 PATHS = ("cache.dir", "source.path", "backup.to", "image.wheels", "image.ca", "serve.api_keys")
