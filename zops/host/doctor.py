@@ -234,3 +234,8 @@ def refusal(diagnosis: Diagnosis) -> ZopsError | None:
         hint=f"{first.finding.remedy}; see everything with: zops doctor",
         checks=[result.as_json() for result in failed],
     )
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes as findings tell it."""
+    return f"{count / 1e9:.1f} GB"
