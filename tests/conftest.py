@@ -1,9 +1,14 @@
 """Fixtures that every layer of tests shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+
+# A shell that starts a job in the background has it ignore Ctrl-C, and every program that the tests start inherits that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
