@@ -4,7 +4,9 @@
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Tests run in several processes; what shares a fixture or the engine stays in one (tests/conftest.py).
+SPREAD ?= -n auto --maxprocesses 4 --dist loadgroup
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 # A package index with CPU builds of torch saves gigabytes where no GPU is: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 

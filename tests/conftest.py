@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-
-# A shell that starts a job in the background has it ignore Ctrl-C, and every program that the tests start inherits that.
+# A job in the background of a shell ignores Ctrl-C, and what the tests start would inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
