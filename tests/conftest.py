@@ -10,6 +10,7 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks in its own
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Keep together, where pytest-xdist spreads tests over processes, what shares a fixture or the engine."""
     for item in items:
