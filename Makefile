@@ -4,8 +4,8 @@
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-# Tests run in several processes; what shares a fixture or the engine stays in one (tests/conftest.py).
-SPREAD ?= -n auto --maxprocesses 4 --dist loadgroup
+# Test modules are spread over processes; to watch one closely: make e2e SPREAD=
+SPREAD ?= -n auto --maxprocesses 4 --dist loadfile
 PYTEST := $(BIN)/python -m pytest $(SPREAD)
 # A package index with CPU builds of torch saves gigabytes where no GPU is: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=

@@ -10,15 +10,6 @@ import pytest
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist, which reads the marks in its own
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep together, where pytest-xdist spreads tests over processes, what shares a fixture or the engine."""
-    for item in items:
-        module = str(item.path.relative_to(Path(__file__).parent))
-        group = "engine" if module.startswith("e2e") else module
-        item.add_marker(pytest.mark.xdist_group(group))
-
-
 @pytest.fixture(autouse=True)
 def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test may see or touch the operator's own files, settings or hubs."""
