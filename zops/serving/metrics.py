@@ -3,6 +3,7 @@
 `METRICS` is the published list (docs/reference/http-api.md); a test holds both together.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -47,8 +48,8 @@ METRICS: dict[str, MetricKind] = {
         "counter", ("reason",), "workers lost: died, hung, silent, stalled, start-failed, start-timeout"
     ),
     "zops_retried_total": MetricKind("counter", (), "pictures made again because their worker was lost"),
-    "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker",), "memory in use on the worker's GPU"),
-    "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker",), "memory of the worker's GPU"),
+    "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker", "card"), "memory in use on a GPU of the worker"),
+    "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker", "card"), "memory of a GPU of the worker"),
     "zops_cache_hit_bytes": MetricKind("gauge", ("worker",), "weights read from the local disk at the last start"),
     "zops_cache_hit_seconds": MetricKind("gauge", ("worker",), "how long that took"),
     "zops_start_phase_seconds": MetricKind("gauge", ("phase",), "phases of the worker's last start"),
@@ -130,12 +131,11 @@ class Metrics:
         if facts.gate.psnr_db is not None:
             self._gate_psnr.set(facts.gate.psnr_db)
 
-    def tell_memory(self, worker: int, used: int | None, total: int | None) -> None:
-        """Publish the memory of a worker's GPU in bytes, where there is one."""
-        if used is not None:
-            self._memory_used.labels(str(worker)).set(used)
-        if total is not None:
-            self._memory_total.labels(str(worker)).set(total)
+    def tell_memory(self, worker: int, cards: Iterable[tuple[int, int]]) -> None:
+        """Publish used and total bytes of each of a worker's GPUs."""
+        for card, (used, total) in enumerate(cards):
+            self._memory_used.labels(str(worker), str(card)).set(used)
+            self._memory_total.labels(str(worker), str(card)).set(total)
 
     def tell_cache(self, worker: int, read_bytes: int, seconds: float) -> None:
         """Publish what a worker read from the snapshot on local disk."""
