@@ -1,9 +1,13 @@
 """Fixtures that every layer of tests shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A job in the background of a shell ignores Ctrl-C, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -38,9 +38,8 @@ def stream(snapshot: Path, *, verify: bool = False, readers: int | None = None) 
     built = time.perf_counter()
     streamed = weights.result()
     joined = time.perf_counter()
-    for component, group in files.items():
-        tensors = {name: tensor for path in group for name, tensor in streamed.files[path].items()}
-        assemble.give_weights(models[component], component, tensors, "cuda")
+    for component in files:
+        assemble.give_weights(models[component], component, streamed.take(component), "cuda")
     from diffusers import ZImagePipeline
 
     pipeline = ZImagePipeline(**models, **rest)

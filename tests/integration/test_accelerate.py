@@ -243,3 +243,29 @@ def test_psnr_and_ssim_must_be_what_they_are_elsewhere():
     assert gate.psnr_db(image * 0, image * 0 + 0.1) == pytest.approx(20.0)
     # Two flat images: only the term of the means is left.
     assert gate.ssim(image * 0, image * 0 + 0.1) == pytest.approx(1e-4 / (0.01 + 1e-4), rel=1e-4)
+
+
+def test_a_loop_that_replays_must_compute_what_a_loop_that_does_not_does(tiny_model):
+    """A graph reads from the tensors that it was captured with: here work that is kept, for want of a GPU."""
+    from tests.support.pipelines import load_here
+    from zops.serving.accelerate.denoise import Denoiser
+    from zops.serving.accelerate.graphs import Graphs
+
+    pipeline = load_here(tiny_model, preset="bf16", force_preset=True).pipelines.generate
+    plain = Denoiser(pipeline.transformer, pipeline.scheduler)
+    graphed = Denoiser(pipeline.transformer, pipeline.scheduler, graphs=True)
+    replayed = []
+
+    def keep(work, _pool):
+        work()  # as a capture does
+        return lambda: replayed.append(1) or work()
+
+    graphed.graphs = Graphs(
+        0.5, free=lambda: 100, make=keep, new_pool=object, measure=lambda _pool: 30 * len(graphed.graphs.held_bytes)
+    )
+    embeds = [torch.randn(20, pipeline.transformer.config.cap_feat_dim) for _ in range(2)]
+    for edge in (8, 12, 16, 8, 12, 16, 8, 8):  # two fit into the pool
+        noise = torch.randn(2, pipeline.transformer.in_channels, edge, 8)
+        expected = plain(embeds, noise, forwards=3)
+        torch.testing.assert_close(graphed(embeds, noise, forwards=3), expected, rtol=1e-6, atol=1e-6)
+    assert len(replayed) == 5 * 3, "the first call with each size is computed plainly"

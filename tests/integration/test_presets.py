@@ -219,7 +219,7 @@ def test_every_preset_must_answer_a_request(tiny_model, tmp_path, monkeypatch):
 
 def test_the_warm_up_must_make_each_size_twice_and_captions_of_several_lengths(fast, monkeypatch):
     """On a GPU the second call of a shape captures its graph; here only the calls are counted."""
-    from zops.serving import loader
+    from zops.serving import warmup
     from zops.serving.generate import Pipelines
 
     for name in ("synchronize", "empty_cache"):
@@ -231,13 +231,14 @@ def test_the_warm_up_must_make_each_size_twice_and_captions_of_several_lengths(f
         denoise=lambda embeds, latents, **how: (
             sizes.append(latents.shape[2] * 8) or plain.denoise(embeds, latents, **how)
         ),
+        graphs=True,
     )
     settings = WorkerSettings("", "", "auto", "", 4, 0.0, warmup_size=64, sizes=(64, 96))
-    chores = loader._chores(Pipelines(fast.pipelines.generate, applied), settings)
+    chores = warmup.chores(Pipelines(fast.pipelines.generate, applied), settings)
     assert sizes == [], "nothing is done before the worker has time for it"
     next(chores)
     assert sizes == [96]
-    assert len(list(chores)) == 1 + 2 * len(loader._CAPTION_WORDS)
+    assert len(list(chores)) == 1 + 2 * len(warmup.CAPTION_WORDS)
     assert sizes == [96, 96], "the warm-up has made its own size twice"
-    lengths = [len(prompt) for prompt in prompts if prompt != loader.WARMUP_PROMPT]
-    assert len(set(lengths)) == len(lengths) / 2 == len(loader._CAPTION_WORDS)
+    lengths = [len(prompt) for prompt in prompts if prompt != warmup.PROMPT]
+    assert len(set(lengths)) == len(lengths) / 2 == len(warmup.CAPTION_WORDS)

@@ -11,8 +11,10 @@ import pytest
 from tests.support.pipelines import load_here, settings_for
 from zops.cache.manifest import FileEntry, Manifest, read_manifest, stat_key, write_manifest, write_marker
 from zops.errors import SnapshotDamaged
-from zops.serving.loader import WarmupFailed, load, prepare_environment
+from zops.serving.loader import load
 from zops.serving.messages import PHASES, Entered, Passed
+from zops.serving.target import prepare_environment
+from zops.serving.warmup import WarmupFailed
 
 
 @pytest.fixture(autouse=True)

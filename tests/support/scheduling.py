@@ -86,7 +86,7 @@ class ScriptedLink:
 
     def _beat(self):
         if self.beating and self.alive:
-            self.say(Beat(None, 0, 10, 100))
+            self.say(Beat(None, 0, ((10, 100),)))
             self._loop.call_later(BEAT_S, self._beat)
 
     @property

@@ -15,6 +15,7 @@ from zops.host import kernel_log
 from zops.host.capacity import (
     ACTIVATION_BYTES_A_PIXEL,
     EDGE_STEP,
+    EDGES,
     RESERVE_BYTES,
     judge_capacity,
     largest_edge,
@@ -210,7 +211,19 @@ def test_24_gigabytes_must_hold_what_was_seen_to_fit_and_refuse_what_was_seen_no
 def test_a_speed_must_only_be_told_for_a_gpu_on_which_it_was_measured():
     assert speed_of("NVIDIA GeForce RTX 4090 D")[1][1024] == 3.2
     assert speed_of("NVIDIA GeForce RTX 4090") == ("", {})
-    assert speed_of("NVIDIA H200 NVL")[1][512] == 0.417
+    assert speed_of("NVIDIA H200 NVL")[1][512] == 0.194
+
+
+def test_a_speed_must_be_that_of_the_preset_which_is_served():
+    assert speed_of("NVIDIA H200") == speed_of("NVIDIA H200", "bf16")
+    assert speed_of("NVIDIA H200", "fp8")[1][1024] < speed_of("NVIDIA H200", "bf16")[1][1024]
+    assert speed_of("NVIDIA H200", "eager")[1][512] == 0.417
+    assert speed_of("NVIDIA GeForce RTX 4090 D", "fp8") == ("", {}), "what was not measured is not told"
+    gpu = Gpu(0, "GPU-a", "NVIDIA H200", 150_754_820_096, 0)
+    for preset, rate in (("auto", 1.28), ("fp8", 1.87), ("eager", 0.71)):
+        [room] = judge_capacity("m", WEIGHTS, "bfloat16", 1024 * 1024, [gpu], preset=preset).rooms
+        assert room.images_per_second[EDGES.index(1024)] == rate
+        assert preset in room.measured or preset == "auto"
 
 
 # --- what is needed

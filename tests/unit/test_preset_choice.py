@@ -68,3 +68,27 @@ def test_eager_must_be_had_everywhere():
         assert choose(Wanted("eager", None, forced=False), device, WEIGHTS) == Choice(
             "eager", fp8_text=False, eager_fits=device is not T4, reason="asked for"
         )
+
+
+def fallbacks(device, wanted=AUTO):
+    return [each.preset for each in choose(wanted, device, WEIGHTS).fallbacks]
+
+
+def test_auto_must_know_what_to_serve_instead_as_memory_allows():
+    assert fallbacks(H200) == ["eager"]
+    assert fallbacks(RTX_4080) == [], "neither bf16 nor eager fits"
+    assert fallbacks(T4) == ["eager"], "eager takes no more than the bf16 that is tried there"
+    assert fallbacks(CPU) == []
+    for preset in ("eager", "bf16", "fp8"):
+        assert fallbacks(H200, Wanted(preset, None, forced=False)) == [], "what was asked for is served or refused"
+
+
+def test_two_cards_together_must_have_room_for_what_neither_has_alone():
+    alone = Device("cuda", (8, 9), 16_500_000_000, triton=True)
+    both = Device("cuda", (8, 9), 16_500_000_000, triton=True, more_cards=(16_500_000_000,))
+    assert choose(AUTO, alone, WEIGHTS).preset == "fp8"
+    assert choose(AUTO, alone, WEIGHTS).fp8_text
+    assert choose(AUTO, both, WEIGHTS).preset == "bf16"
+    wanted = Wanted("fp8", None, forced=False)
+    assert choose(wanted, alone, WEIGHTS).fp8_text
+    assert not choose(wanted, both, WEIGHTS).fp8_text

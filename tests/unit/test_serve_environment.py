@@ -12,7 +12,7 @@ OTHERWISE = {
     "forwards": 5, "guidance_scale": 1.5, "max_pixels": 1 << 20, "max_images": 2, "workers": 2, "max_batch": 4,
     "max_queue": 7, "warmup_size": 64, "request_timeout_s": 33.0, "long_prompts": "truncate", "log_prompts": True,
     "mark_images": False, "max_upload": 1 << 20, "results_bytes": 1 << 21, "results_keep_s": 60.0,
-    "public_url": "https://images.example",
+    "public_url": "https://images.example", "parallel": "split", "gpus_per_worker": 3,
 }  # fmt: skip
 
 

@@ -178,3 +178,34 @@ def test_fewer_workers_than_gpus_must_take_the_first_and_more_must_be_refused():
     with pytest.raises(HostShort) as caught:
         plan(count=2, serve={"workers": 3})
     assert (caught.value.code, caught.value.exit_status) == ("gpu-missing", 6)
+
+
+SPLIT = {"parallel": "split"}
+
+
+def test_a_worker_on_several_gpus_must_get_them_in_their_order():
+    assert plan(count=4, serve=SPLIT) == (Seat("GPU-0000,GPU-0001", cards=2), Seat("GPU-0002,GPU-0003", cards=2))
+    assert plan(count=4, serve={"parallel": "context", "gpus_per_worker": 3}) == (
+        Seat("GPU-0000,GPU-0001,GPU-0002", cards=3),
+    )
+    assert plan({"CUDA_VISIBLE_DEVICES": "5,2,7"}, serve=SPLIT) == (Seat("5,2", cards=2),)
+    assert plan(count=4, serve=SPLIT | {"workers": 1}) == (Seat("GPU-0000,GPU-0001", cards=2),)
+
+
+def test_a_worker_that_takes_all_gpus_must_leave_the_environment_as_it_is():
+    assert plan(count=2, serve=SPLIT) == (Seat(None, cards=2),)
+    assert plan(count=2, gpus=[1, 0], serve=SPLIT) == (Seat("GPU-0001,GPU-0000", cards=2),)
+
+
+@pytest.mark.parametrize(("count", "workers"), [(1, "auto"), (3, 2)])
+def test_too_few_gpus_for_workers_on_several_must_be_refused(count, workers):
+    with pytest.raises(HostShort, match="parallel: split") as caught:
+        plan(count=count, serve=SPLIT | {"workers": workers})
+    assert caught.value.code == "gpu-missing"
+
+
+def test_processes_that_work_together_on_the_cpu_must_share_its_cores(monkeypatch):
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: set(range(8)))
+    assert plan(gpus="none", serve={"parallel": "context"}) == (Seat("", 4, 2),)
+    assert plan(gpus="none", serve={"parallel": "context", "workers": 2}) == (Seat("", 2, 2),) * 2
+    assert plan(gpus="none", serve=SPLIT) == (Seat("", None, 2),)

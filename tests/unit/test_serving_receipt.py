@@ -23,7 +23,7 @@ IDENTITY = {
     "model": "zops/synthetic-tiny",
     "revision": "seed-0",
     "manifest_digest": "ab" * 32,
-    "facts": Ready("cpu", "float32", {}, preset="bf16", gate=Gate("passed", 47.7, 0.999)),
+    "facts": Ready("cpu", "float32", {}, preset="bf16", gate=Gate("passed", 47.7, 0.999), fallback="bf16 it is"),
 }
 RECEIPT = Receipt.of(MADE, SHAPE, **IDENTITY)
 EDITED = Receipt.of(replace(MADE, forwards=5), replace(SHAPE, mode="edit", strength=0.6), **IDENTITY)
@@ -83,6 +83,7 @@ def test_the_receipt_must_be_found_in_the_image(output_format):
         "dtype": "float32",
         "preset": "bf16",
         "gate": "passed",
+        "preset_note": "bf16 it is",
         "mode": "generate",
         "seed": 7,
         "forwards": 8,

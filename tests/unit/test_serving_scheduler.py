@@ -360,7 +360,13 @@ def test_the_gauges_must_follow_the_queue():
         bench.worker.finish()
         await settle()
         assert gauges() == [1, 1, 0, 0]
-        assert bench.metric("zops_gpu_memory_used_bytes", worker="0") == 10
+        assert bench.metric("zops_gpu_memory_used_bytes", worker="0", card="0") == 10
+        bench.worker.say(Beat(None, 0, ((10, 100), (20, 200))))
+        await settle()
+        assert bench.metric("zops_gpu_memory_used_bytes", worker="0", card="1") == 20
+        [worker] = bench.scheduler.snapshot()["workers"]
+        assert (worker["memory_used"], worker["memory_total"]) == (30, 300)
+        assert worker["cards"][1] == {"memory_used": 20, "memory_total": 200}
         bench.worker.die()
         await settle()
         assert gauges() == [0, 0, 0, 0]

@@ -20,7 +20,7 @@ from zops.errors import UsageError, ZopsError
 
 FORMAT = 1
 Better = Literal["less", "more", "neither"]
-Table = Literal["load", "precision", "sizes", "serve", "gpus", "cache", "roofline"]
+Table = Literal["load", "precision", "sizes", "serve", "gpus", "parallel", "cache", "roofline"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Images a second through HTTP, by number of clients; and row 4: one GPU against all of them.
+"""Images a second through HTTP, by number of clients; row 4, one GPU against all; and three ways to use two of them.
 
 Against an instance that runs, or one of its own that is started as a process and removed at the end.
 """
@@ -7,8 +7,9 @@ import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from zops.bench import parallel
 from zops.bench.clients import Seen, batch_sizes, load_with
-from zops.bench.generate import SIZES, TINY_SIZES
+from zops.bench.generate import MAIN, SIZES, TINY_SIZES
 from zops.bench.result import Better, Table
 from zops.bench.run import Bench, Case
 from zops.cache.manifest import require_verified
@@ -48,6 +49,22 @@ def measure(bench: Bench) -> None:
                     counter.advance(1)
     if bench.wants("gpus", {}) or any(bench.wants("gpus", {"gpus": name}) for name in ("1", "all")):
         _compare_gpus(bench, several=several)
+    _compare_ways(bench, several=several)
+
+
+def _compare_ways(bench: Bench, *, several: bool) -> None:
+    """Compare replicas, split and context; a tiny model on the CPU takes processes for GPUs."""
+    sizes = TINY_SIZES if bench.small else SIZES
+    shown = (sizes[0], sizes[MAIN]) if bench.request.quick else sizes
+    if not any(
+        bench.wants("parallel", {"parallel": way, "size": str(size)}) for way in parallel.WAYS for size in shown
+    ):
+        return
+    if bench.request.url or not (several or (bench.small and not bench.on_gpu)):
+        why = "the instance is not the bench's own" if bench.request.url else "fewer than two GPUs are visible"
+        bench.skip("parallel", {"parallel": "split and context"}, why)
+        return
+    parallel.compare(bench, shown, _instance, lambda bench, url, case: _measure_level(bench, url, "parallel", case))
 
 
 def _case(bench: Bench, clients: int) -> Case:

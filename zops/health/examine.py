@@ -76,7 +76,9 @@ def capacity(spec: Spec, senses: Senses | None = None) -> Capacity:
     context = Context(spec=spec, senses=senses or Senses())
     dtype = "float32" if spec.serve.dtype == "float32" else "bfloat16"
     gpus = context.wanted_gpus if context.on_this_host else ()
-    return judge_capacity(spec.model, model.resident_bytes, dtype, spec.serve.max_pixels, gpus)
+    return judge_capacity(
+        spec.model, model.resident_bytes, dtype, spec.serve.max_pixels, gpus, preset=spec.serve.preset
+    )
 
 
 def _reader(spec: Spec) -> Callable[[EngineFacts | None], None] | None:

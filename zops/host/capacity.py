@@ -25,11 +25,22 @@ EDGES = (512, 768, 1024, 1280, 1536, 2048)
 # An estimate from one size should not be stretched further than this.
 LARGEST_EDGE = EDGES[-1]
 
-_EAGER = "eager, bfloat16, 9 forwards, one image at a time, text encoder not counted"
-# Seconds an image by its edge; the longest matching part of a GPU's name counts.
-MEASURED: dict[str, tuple[str, dict[int, float]]] = {
-    "H200": (_EAGER, {512: 0.417, 768: 0.79, 1024: 1.40, 1280: 2.27, 1536: 3.45}),
-    "RTX 4090 D": (_EAGER.replace(", text encoder not counted", ""), {512: 1.1, 768: 2.0, 1024: 3.2}),
+_EAGER = "preset eager, bfloat16, 9 forwards, one image at a time"
+_FAST = "preset {}, 8 forwards, one image at a time from the prompt to pixels"
+_HTTP = "; 8.0 to 8.2 at 512x512 with 32 clients through HTTP"
+Speeds = tuple[str, dict[int, float]]
+"""How it was measured, and seconds an image by its edge."""
+# By a part of the GPU's name (the longest that matches counts) and preset; docs/how-to/speed.md has the conditions.
+MEASURED: dict[str, dict[str, Speeds]] = {
+    "H200": {
+        "bf16": (_FAST.format("bf16"), {512: 0.194, 1024: 0.782}),
+        "fp8": (_FAST.format("fp8") + _HTTP, {512: 0.141, 1024: 0.536}),
+        "eager": (
+            _EAGER + ", text encoder not counted",
+            {512: 0.417, 768: 0.79, 1024: 1.40, 1280: 2.27, 1536: 3.45},
+        ),
+    },
+    "RTX 4090 D": {"eager": (_EAGER, {512: 1.1, 768: 2.0, 1024: 3.2})},
 }
 
 
@@ -114,7 +125,9 @@ class Capacity:
         }
 
 
-def judge_capacity(model: str, resident_bytes: int, dtype: str, max_pixels: int, gpus: Iterable[Gpu]) -> Capacity:
+def judge_capacity(
+    model: str, resident_bytes: int, dtype: str, max_pixels: int, gpus: Iterable[Gpu], *, preset: str = "auto"
+) -> Capacity:
     """Return what fits on each GPU.
 
     Args:
@@ -123,10 +136,11 @@ def judge_capacity(model: str, resident_bytes: int, dtype: str, max_pixels: int,
         dtype: the precision that the specification asks for.
         max_pixels: the largest image that it allows.
         gpus: the GPUs that it wants.
+        preset: whose speed is told; with auto that of bf16, which large GPUs get, or what was measured instead.
     """
     demands = tuple(_demand(resident_bytes, kind, edge * edge, edge) for kind in DTYPES for edge in EDGES)
     asked = _demand(resident_bytes, dtype, max_pixels, math.isqrt(max_pixels))
-    return Capacity(model, demands, asked, tuple(_room(gpu, demands, resident_bytes) for gpu in gpus))
+    return Capacity(model, demands, asked, tuple(_room(gpu, demands, resident_bytes, preset) for gpu in gpus))
 
 
 def largest_edge(memory_bytes: int, weights_bytes: int, activation_bytes_a_pixel: float) -> int:
@@ -137,11 +151,15 @@ def largest_edge(memory_bytes: int, weights_bytes: int, activation_bytes_a_pixel
     return math.isqrt(int(left / activation_bytes_a_pixel)) // EDGE_STEP * EDGE_STEP
 
 
-def speed_of(name: str) -> tuple[str, dict[int, float]]:
-    """Return how a GPU of this name was measured and its seconds an image by edge; both empty where it was not."""
+def speed_of(name: str, preset: str = "auto") -> Speeds:
+    """Return how a GPU of this name was measured with a preset, and how fast; both empty where it was not."""
     # NVML says "NVIDIA GeForce RTX 4090 D", "NVIDIA H200" or "NVIDIA H200 NVL".
     key = max((part for part in MEASURED if part in name), key=len, default="")
-    return MEASURED.get(key, ("", {}))
+    measured = MEASURED.get(key, {})
+    return next(
+        (measured[each] for each in (("bf16", "eager") if preset == "auto" else (preset,)) if each in measured),
+        ("", {}),
+    )
 
 
 def _demand(resident_bytes: int, dtype: str, pixels: int, edge: int) -> Demand:
@@ -149,8 +167,8 @@ def _demand(resident_bytes: int, dtype: str, pixels: int, edge: int) -> Demand:
     return Demand(dtype, edge, resident_bytes * wide, int(pixels * ACTIVATION_BYTES_A_PIXEL * wide))
 
 
-def _room(gpu: Gpu, demands: tuple[Demand, ...], resident_bytes: int) -> Room:
-    how, seconds = speed_of(gpu.name)
+def _room(gpu: Gpu, demands: tuple[Demand, ...], resident_bytes: int, preset: str) -> Room:
+    how, seconds = speed_of(gpu.name, preset)
     fits = tuple(demand.total_bytes <= gpu.memory_total_bytes for demand in demands)
     speeds = tuple(
         round(1 / seconds[demand.edge], 2) if fit and demand.dtype == "bfloat16" and demand.edge in seconds else None

@@ -238,3 +238,8 @@ def refusal(diagnosis: Diagnosis) -> ZopsError | None:
     )
     error.code = first.check.code or error.code
     return error
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes as findings tell it."""
+    return f"{count / 1e9:.1f} GB"

@@ -128,8 +128,15 @@ class SnapshotState(TypedDict):
     error: str
 
 
+class CardState(TypedDict):
+    """One GPU of a worker; bytes."""
+
+    memory_used: int
+    memory_total: int
+
+
 class WorkerState(TypedDict):
-    """One worker; memory is of its device, in bytes."""
+    """One worker; memory is of all its GPUs, in bytes."""
 
     index: int
     pid: int | None
@@ -141,6 +148,7 @@ class WorkerState(TypedDict):
     forwards: int
     memory_used: int | None
     memory_total: int | None
+    cards: list[CardState]
 
 
 class _Facts(TypedDict):

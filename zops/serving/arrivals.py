@@ -27,10 +27,9 @@ class Holder(Protocol):
 
 
 class Arrivals:
-    """Gives each tensor that is whole to `arrived`, one after another, on a stream of its own."""
+    """Gives each tensor that is whole to `arrived`, one after another, on a stream of its own on the tensor's card."""
 
-    def __init__(self, device: str, arrived: Arrived) -> None:
-        self._cuda = device.startswith("cuda")
+    def __init__(self, arrived: Arrived) -> None:
         self.arrived = arrived
         self._error: BaseException | None = None
         # Readers wait while so many tensors wait: else a fast disk would fill the device before they shrink.
@@ -55,22 +54,28 @@ class Arrivals:
     def _run(self) -> None:
         import torch  # noqa: PLC0415 - only the worker may pay for it
 
-        stream = torch.cuda.Stream() if self._cuda else None  # type: ignore[no-untyped-call]  # torch has no annotation here
+        streams: dict[Any, Any] = {}
         while whole := self._whole.get():
             if self._error:
                 continue  # the queue must be emptied all the same, or the readers would wait for ever
+            file, name, events = whole
             try:
-                with torch.cuda.stream(stream):
-                    self._take(stream, *whole)
+                wide = file.take(name)
+                if wide.is_cuda and wide.device not in streams:
+                    streams[wide.device] = torch.cuda.Stream(wide.device)  # type: ignore[no-untyped-call]  # torch has no annotation here
+                self._take(streams.get(wide.device), file, name, wide, events)
             except BaseException as error:  # noqa: BLE001 - told by `check` in the thread that asks for the result
                 self._error = error
-        if stream:
+            wide = whole = None  # while the queue is empty this thread must hold no tensor
+        for stream in streams.values():
             stream.synchronize()
 
-    def _take(self, stream: Any, file: Holder, name: str, events: list[Any]) -> None:
-        wide = file.take(name)
-        if stream:
-            for event in events:
-                stream.wait_event(event)
-            wide.record_stream(stream)  # its memory is given away once the stream is past it
-        file.keep(name, self.arrived(file.path, name, wide))
+    def _take(self, stream: Any, file: Holder, name: str, wide: Any, events: list[Any]) -> None:
+        import torch  # noqa: PLC0415 - as above
+
+        with torch.cuda.stream(stream):  # does nothing where there is none
+            if stream:
+                for event in events:
+                    stream.wait_event(event)
+                wide.record_stream(stream)  # its memory is given away once the stream is past it
+            file.keep(name, self.arrived(file.path, name, wide))

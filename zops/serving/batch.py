@@ -176,7 +176,7 @@ class Maker:
         if self._device_type == "cuda":
             import torch  # noqa: PLC0415 - imported already
 
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.pipelines.device)
 
     def _free_memory(self) -> None:
         if self._device_type == "cuda":
@@ -216,8 +216,12 @@ def _is_out_of_memory(error: Exception) -> bool:
 def _breaks_device(error: Exception, device_type: str) -> bool:
     import torch  # noqa: PLC0415 - imported already
 
+    from zops.serving.accelerate.lead import OutOfStep  # noqa: PLC0415 - as above
+
     # Libraries beneath torch (cuBLAS, cuDNN) report in a plain RuntimeError; better a start too many.
-    return isinstance(error, torch.AcceleratorError) or (device_type != "cpu" and isinstance(error, RuntimeError))
+    return isinstance(error, torch.AcceleratorError | OutOfStep) or (
+        device_type != "cpu" and isinstance(error, RuntimeError)
+    )
 
 
 def _failure(shape: Shape, picture: str, error: Exception, *, out_of_memory: bool) -> Failed:

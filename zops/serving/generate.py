@@ -162,7 +162,7 @@ def _begin(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], sigm
     sources = _encode_sources(pipelines, shape, pictures, generators) if shape.mode == "edit" else None
     size = (1, pipelines.generate.transformer.in_channels, shape.height // 8, shape.width // 8)
     noise = torch.cat([torch.randn(size, generator=generator) for generator in generators]).to(pipelines.device)
-    return noise if sources is None else sigma * noise + (1.0 - sigma) * sources
+    return noise if sources is None else sigma * noise + (1.0 - sigma) * sources.to(noise.device)
 
 
 def _encode_sources(pipelines: Pipelines, shape: Shape, pictures: Sequence[Picture], generators: list[Any]) -> Any:

@@ -201,8 +201,9 @@ class Worker:
             "device": self.facts.device if self.facts else None,
             "running": len(self.batch.pictures) if self.batch else 0,
             "forwards": self.beat.forwards if self.batch and self.beat.batch == self.batch.id else 0,
-            "memory_used": self.beat.memory_used,
-            "memory_total": self.beat.memory_total,
+            "memory_used": sum(used for used, _ in self.beat.memory) if self.beat.memory else None,
+            "memory_total": sum(total for _, total in self.beat.memory) if self.beat.memory else None,
+            "cards": [{"memory_used": used, "memory_total": total} for used, total in self.beat.memory],
         }
 
     # --- its life
@@ -259,7 +260,7 @@ class Worker:
         if self._stall and (beat.batch, beat.forwards) != (self.beat.batch, self.beat.forwards):
             self._stall.feed()
         self.beat = beat
-        self._care.metrics.tell_memory(self.index, beat.memory_used, beat.memory_total)
+        self._care.metrics.tell_memory(self.index, beat.memory)
 
     def _become_ready(self, facts: Ready) -> None:
         self._set_timer(None)

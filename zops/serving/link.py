@@ -145,7 +145,12 @@ def close_all(links: Iterable[WorkerLink], grace_s: float = CLOSE_GRACE_S) -> No
 
 
 def start_worker(settings: WorkerSettings) -> WorkerLink:
-    """Start a worker in a fresh interpreter (a forked one would inherit threads and, later, CUDA).
+    """Start a worker in a process of its own."""
+    return WorkerLink(*start_process(settings))
+
+
+def start_process(first: Any) -> "tuple[subprocess.Popen[bytes], Connection[Any, Any]]":
+    """Start a fresh interpreter (a forked one would inherit threads and, later, CUDA) for what `first` describes.
 
     Not by `multiprocessing`: it would import the caller's main module there and start a process to track resources,
     which costs a start a good part of a second.
@@ -161,5 +166,5 @@ def start_worker(settings: WorkerSettings) -> WorkerLink:
             stdout=2,  # what a library prints belongs into the log
         )
     connection: Connection[Any, Any] = Connection(ours.detach())
-    connection.send(settings)  # far less than the pipe holds, so this never waits
-    return WorkerLink(process, connection)
+    connection.send(first)  # far less than the pipe holds, so this never waits
+    return process, connection

@@ -18,9 +18,11 @@ BEAT_S = 0.5
 """A worker that lives sends a `Beat` this often, from a thread of its own, also in the midst of a forward."""
 
 Mode = Literal["generate", "edit"]
-GateResult = Literal["reference", "passed", "forced", "not judged"]
+Parallel = Literal["replicas", "split", "context"]
+"""How a worker uses cards: `replicas` one; `split` has components on several; `context` several work on each image."""
+GateResult = Literal["reference", "passed", "forced", "not judged", "refused"]
 """`reference`: eager itself. `forced`: it failed and is served because the operator says so. `not judged`: eager does
-not fit into this device's memory and no images of it were kept."""
+not fit into this device's memory and no images of it were kept. `refused`: it failed; never served, but remembered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,23 @@ class WorkerSettings:
     """Directory for compiled kernels and verdicts of the gate; None keeps neither."""
     sizes: tuple[int, ...] = ()
     """Edges of further square images that the warm-up makes, so that no request waits for what a first one costs."""
+    parallel: Parallel = "replicas"
+    cards: int = 1
+    """Cards that this worker has; one with `replicas`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Post:
+    """What a follower is started with: the process of one more card of a worker, see `followers`."""
+
+    settings: WorkerSettings
+    preset: str
+    rank: int
+    """1 for the first follower: the worker's own process is 0."""
+    meeting: str
+    """File by which the processes find each other."""
+    leader: int
+    """Process that it must not outlive."""
 
 
 # --- to a worker
@@ -160,6 +179,8 @@ class Ready:
     """Whether captions of different lengths go into one batch at no cost."""
     notes: tuple[str, ...] = ()
     """What was done to the pipeline, and what was left out and why."""
+    fallback: str = ""
+    """Which presets `auto` would rather have served, and why it did not; empty when the first was good."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,12 +192,12 @@ class StartFailed:
 
 @dataclass(frozen=True, slots=True)
 class Beat:
-    """The worker lives. `forwards` counts those that its batch has finished; memory is None where it cannot be told."""
+    """The worker lives. `forwards` counts those that its batch has finished."""
 
     batch: int | None
     forwards: int
-    memory_used: int | None = None
-    memory_total: int | None = None
+    memory: tuple[tuple[int, int], ...] = ()
+    """Used and total bytes of each of its cards; empty where that cannot be told."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 `METRICS` is the published list (docs/reference/http-api.md); a test holds both together.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, cast
 
@@ -48,8 +49,8 @@ METRICS: dict[str, MetricKind] = {
         "counter", ("reason",), "workers lost: died, hung, silent, stalled, start-failed, start-timeout"
     ),
     "zops_retried_total": MetricKind("counter", (), "pictures made again because their worker was lost"),
-    "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker",), "memory in use on the worker's GPU"),
-    "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker",), "memory of the worker's GPU"),
+    "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker", "card"), "memory in use on a GPU of the worker"),
+    "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker", "card"), "memory of a GPU of the worker"),
     "zops_oldest_waiting_seconds": MetricKind("gauge", (), "how long the oldest waiting request waits"),
     "zops_idle_seconds": MetricKind("gauge", (), "since the last forward or picture, while something waits or runs"),
     "zops_gpus": MetricKind("gauge", (), "GPUs that NVML shows inside the instance"),
@@ -149,12 +150,11 @@ class Metrics:
         if facts.gate.psnr_db is not None:
             self._gate_psnr.set(facts.gate.psnr_db)
 
-    def tell_memory(self, worker: int, used: int | None, total: int | None) -> None:
-        """Publish the memory of a worker's GPU in bytes, where there is one."""
-        if used is not None:
-            self._memory_used.labels(str(worker)).set(used)
-        if total is not None:
-            self._memory_total.labels(str(worker)).set(total)
+    def tell_memory(self, worker: int, cards: Iterable[tuple[int, int]]) -> None:
+        """Publish used and total bytes of each of a worker's GPUs."""
+        for card, (used, total) in enumerate(cards):
+            self._memory_used.labels(str(worker), str(card)).set(used)
+            self._memory_total.labels(str(worker), str(card)).set(total)
 
     def tell_queue(self, queue: Queue) -> None:
         """Publish since when the queue waits and the workers stand still; 0 where neither does."""

@@ -11,11 +11,25 @@ from typing import Any
 from zops import __version__
 from zops.errors import ZopsError
 from zops.serving.accelerate.choice import Choice
-from zops.serving.messages import Gate
+from zops.serving.messages import Gate, GateResult
 from zops.serving.volume import Volume
 
 # Equal images have an infinite ratio, which JSON cannot tell; beyond this all are equal for 8 bits.
 _MOST_DB = 99.0
+
+
+class PresetRefused(ZopsError):
+    """Raised when the gate refuses a preset."""
+
+    default_code = "preset-refused"
+
+    def __init__(self, preset: str, trouble: str) -> None:
+        super().__init__(
+            f"the preset {preset} fails the quality gate on this host: {trouble}",
+            code="preset-refused",
+            hint="set serve.preset: eager; or serve.force_preset: true if these pictures are good enough",
+        )
+        self.trouble = trouble
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +45,17 @@ class Exam:
 
     @property
     def known(self) -> Gate | None:
-        """The verdict of an earlier start: it passed."""
-        return self.volume.find_gate(**self._key) if self.volume else None
+        """The verdict of an earlier start, where it passed."""
+        return self._kept("passed")
+
+    @property
+    def refused(self) -> Gate | None:
+        """The verdict of an earlier start, where it failed and nothing was forced."""
+        return None if self.forced else self._kept("refused")
+
+    def _kept(self, result: GateResult) -> Gate | None:
+        gate = self.volume.find_gate(**self._key) if self.volume else None
+        return gate if gate and gate.result == result else None
 
     @property
     def needs_references(self) -> bool:
@@ -68,7 +91,7 @@ class Exam:
             make: makes the preset's images of the same prompts and seeds.
 
         Raises:
-            ZopsError: `preset-refused` when it failed and is not forced; a broken image cannot be forced.
+            PresetRefused: when it failed and is not forced; a broken image cannot be forced.
         """
         from zops.serving.accelerate.gate import judge  # noqa: PLC0415 - imports torch
 
@@ -86,9 +109,7 @@ class Exam:
                 self.volume.keep_gate(gate, **self._key)
             return gate
         if verdict.broken or not self.forced:
-            raise ZopsError(
-                f"the preset {self.choice.preset} fails the quality gate on this host: {verdict.trouble}",
-                code="preset-refused",
-                hint="set serve.preset: eager; or serve.force_preset: true if these pictures are good enough",
-            )
+            if self.volume:
+                self.volume.keep_gate(Gate("refused", *figures, trouble=verdict.trouble), **self._key)
+            raise PresetRefused(self.choice.preset, verdict.trouble)
         return Gate("forced", *figures, trouble=verdict.trouble)

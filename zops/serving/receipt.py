@@ -42,6 +42,8 @@ class Receipt:
     """How the pipeline was made faster: eager, bf16 or fp8."""
     gate: str
     """What the quality gate said of the preset: reference, passed, forced or not judged."""
+    preset_note: str
+    """Why it is not the preset that `auto` would rather have served; empty when it is."""
     mode: Mode
     seed: int
     forwards: int
@@ -67,6 +69,7 @@ class Receipt:
             dtype=facts.dtype if facts else "",
             preset=facts.preset if facts else "",
             gate=facts.gate.result if facts else "",
+            preset_note=facts.fallback if facts else "",
             mode=shape.mode,
             seed=made.seed,
             forwards=made.forwards,

@@ -215,6 +215,8 @@ def _worker_settings(
             verify_on_load=spec.serve.verify_on_load,
             kernels=str(spec.cache.kernels) if spec.cache.kernels else None,
             sizes=(limits.default_size,),
+            parallel=spec.serve.parallel,
+            cards=seat.cards,
         )
         for seat in seats
     )

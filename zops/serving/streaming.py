@@ -9,7 +9,7 @@ the others past it (O_DIRECT), so that a cold start costs no page-cache copy.
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -17,16 +17,17 @@ from pathlib import Path
 from typing import Any
 
 from zops.cache.manifest import Manifest, read_marker
-from zops.cache.reading import OpenFile, new_buffer
+from zops.cache.reading import OpenFile
 from zops.cache.safetensors import Header, read_header
 from zops.errors import SnapshotDamaged
 from zops.serving.arrivals import Arrivals, Arrived
+from zops.serving.lanes import Lane
 
 CHUNK = 32 << 20
 """Bytes that are read, copied and cut at once: large enough that the few Python calls for each cost nothing."""
 MAX_READERS = 12
 BUFFERS = 2
-"""Buffers of `CHUNK` bytes a reader: one fills while the other is copied; 0.8 GB in all."""
+"""Buffers of `CHUNK` bytes a reader: one fills while the other is copied; 0.8 GB in all, and as much on each GPU."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,9 +52,12 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Streamed:
-    """What arrived: path of each file -> its tensors by name; how much was read, from where, in what time."""
+    """What arrived: path of each file -> its tensors by name; how much was read, from where, in what time.
 
-    files: Mapping[str, Mapping[str, Any]] = field(repr=False)
+    Nothing else holds the tensors, and `take` keeps none back: what a preset replaces is then freed at once.
+    """
+
+    files: dict[str, dict[str, Any]] = field(repr=False)
     bytes_read: int
     bytes_from_disk: int
     seconds: float
@@ -61,6 +65,15 @@ class Streamed:
     """`blake3` or `sha256` when the bytes were compared with the record on their way, else empty."""
     pinned: bool = True
     """Whether the copies went from pinned memory; False: the host refused it, and they waited for each other."""
+
+    def take(self, component: str) -> dict[str, Any]:
+        """Give the tensors of a component away, by name."""
+        paths = [path for path in self.files if _component(path) == component]
+        return {name: tensor for path in paths for name, tensor in self.files.pop(path).items()}
+
+
+def _component(path: str) -> str:
+    return path.partition("/")[0]
 
 
 def plan(headers: Sequence[Header]) -> list[Chunk]:
@@ -113,7 +126,8 @@ class WeightStream:
     Args:
         snapshot: the snapshot's directory.
         paths: files in it, relative.
-        device: a torch device, `cuda` or `cpu` (the latter copies without any overlap: for tests).
+        device: a torch device, `cuda` or `cpu` (the latter copies without any overlap: for tests); or that of each
+            component, which is the first part of its files' paths.
         dtype: what floating-point tensors are cast to, on the device; None leaves them as they are.
         arrived: makes of each whole tensor, given with its file's path and its name, what is kept of it; runs on the
             device, one tensor after another, so that no more of them are there at once than are on their way.
@@ -122,16 +136,21 @@ class WeightStream:
     """
 
     def __init__(
-        self, snapshot: Path, paths: Sequence[str], device: str, dtype: Any, *, verify: Manifest | None = None,
-        readers: int | None = None, arrived: Arrived | None = None,
+        self, snapshot: Path, paths: Sequence[str], device: str | Mapping[str, str], dtype: Any, *,
+        verify: Manifest | None = None, readers: int | None = None, arrived: Arrived | None = None,
     ) -> None:  # fmt: skip
         self._began = time.monotonic()
-        self._arrivals = Arrivals(device, arrived) if arrived else None
-        self._files = [_File(snapshot, path, device, dtype, self._arrivals) for path in paths]
+        self._arrivals = Arrivals(arrived) if arrived else None
+        self._files = [
+            _File(
+                snapshot, path, device if isinstance(device, str) else device[_component(path)], dtype, self._arrivals
+            )
+            for path in paths
+        ]
         self._verified_by = _expect_digests(snapshot, self._files, verify) if verify else ""
         self._chunks = iter(plan([file.header for file in self._files]))
         self._next = threading.Lock()
-        self._device = device
+        self.devices = {_component(file.path): file.device for file in self._files}
         self._failed = threading.Event()
         self._unpinned = threading.Event()
         count = readers or min(MAX_READERS, len(os.sched_getaffinity(0)))
@@ -167,7 +186,7 @@ class WeightStream:
 
     def _read(self) -> int:
         """Read chunks until there are none; return how many bytes came from the disk."""
-        lanes = [_Lane(self._device) for _ in range(BUFFERS)]
+        lanes = [Lane(sorted(set(self.devices.values())), CHUNK) for _ in range(BUFFERS)]
         opened: dict[int, OpenFile] = {}
         from_disk = turn = 0
         if not all(lane.pinned for lane in lanes):
@@ -204,62 +223,6 @@ def _fill(opened: OpenFile, buffer: memoryview, chunk: Chunk, *, cached: bool) -
         raise SnapshotDamaged("a file of weights was cut while it was read", code="snapshot-changed")
 
 
-class _Lane:
-    """A buffer on the host, its counterpart on the device, and the queue of copies between them."""
-
-    def __init__(self, device: str) -> None:
-        import torch  # noqa: PLC0415 - only the worker may pay for it
-
-        self.buffer = new_buffer(CHUNK)
-        self._host = torch.frombuffer(self.buffer, dtype=torch.uint8)
-        self._cuda = device.startswith("cuda")
-        self._busy = False
-        self.pinned = True
-        self.bytes = self._host
-        if self._cuda:
-            # Refused where the limit of locked memory is low; copies from plain memory are slower, and as right.
-            self.pinned = int(_cudart().cudaHostRegister(self._host.data_ptr(), len(self.buffer), 0)) == 0
-            self.bytes = torch.empty(len(self.buffer), dtype=torch.uint8, device=device)
-            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]  # as below
-            self._copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # as below
-
-    def send(self, count: int, scatter: Callable[[Any], None]) -> None:
-        """Copy the first `count` bytes to the device and let `scatter` take them there; returns before it is done."""
-        import torch  # noqa: PLC0415 - as above
-
-        if not self._cuda:
-            scatter(self.bytes)
-            return
-        with torch.cuda.stream(self.stream):
-            self.bytes[:count].copy_(self._host[:count], non_blocking=True)
-            scatter(self.bytes)
-            self._copied.record(self.stream)
-        self._busy = True
-
-    def mark(self) -> Any:
-        """Return an event that happens on the device once what was sent has arrived; None where nothing overlaps."""
-        return self.stream.record_event() if self._cuda else None
-
-    def wait(self) -> None:
-        """Wait until the buffer may be filled again."""
-        if self._busy:
-            self._copied.synchronize()
-            self._busy = False
-
-    def close(self) -> None:
-
-        if self._cuda:
-            self.stream.synchronize()
-            if self.pinned:
-                _cudart().cudaHostUnregister(self._host.data_ptr())
-
-
-def _cudart() -> Any:
-    from torch.cuda import cudart  # noqa: PLC0415 - as above
-
-    return cudart()  # type: ignore[no-untyped-call]  # torch has no annotation here
-
-
 class _File:
     """One file of weights on its way: its header, its tensors on the device, its running digest."""
 
@@ -273,14 +236,14 @@ class _File:
         self.header = read_header(self.location)
         self.expected = ""
         self.hasher: Any = None  # hashlib's or blake3's
-        self._device = device
+        self.device = device
         self._dtype = dtype
         self._tensors: dict[str, Any] = {}
         self._allocating = threading.Lock()
         self._hashed = 0
         self._hash_turn = threading.Condition()
 
-    def scatter(self, chunk: Chunk, lane: _Lane) -> None:
+    def scatter(self, chunk: Chunk, lane: Lane) -> None:
         """Copy the pieces in a chunk to their tensors, cast on the device."""
         targets = [(piece, self._target(piece.name)) for piece in chunk.pieces]
 
@@ -289,7 +252,7 @@ class _File:
                 values = source[piece.begin : piece.end].view(_torch_dtype(self.header.tensors[piece.name].dtype))
                 flat[piece.first : piece.first + values.numel()].copy_(values)
 
-        lane.send(chunk.stop - chunk.start, on_device)
+        lane.send(self.device, chunk.stop - chunk.start, on_device)
         if self._arrivals and chunk.pieces:
             event = lane.mark()
             for piece in chunk.pieces:
@@ -337,16 +300,19 @@ class _File:
             )
 
     def finish(self) -> dict[str, Any]:
-        """Return the tensors in their shapes, by name, those too whose elements lie across borders."""
+        """Give away the tensors in their shapes, by name, those too whose elements lie across borders."""
         for name, tensor in self.header.tensors.items():
             if tensor.begin < tensor.end and not is_aligned(self.header, name):
                 self._target(name).copy_(self._read_alone(name))
                 if self._arrivals:
                     self.keep(name, self._arrivals.arrived(self.path, name, self.take(name)))
-        return {
+        whole = {
             name: self._kept[name] if name in self._kept else self._target(name).view(tensor.shape)
             for name, tensor in self.header.tensors.items()
         }
+        self._kept.clear()
+        self._tensors.clear()
+        return whole
 
     def _read_alone(self, name: str) -> Any:
         import torch  # noqa: PLC0415 - as above
@@ -365,7 +331,7 @@ class _File:
                 tensor = self.header.tensors[name]
                 stored = _torch_dtype(tensor.dtype)
                 dtype = self._dtype if self._dtype is not None and stored.is_floating_point else stored
-                self._tensors[name] = torch.empty(_count(tensor.shape), dtype=dtype, device=self._device)
+                self._tensors[name] = torch.empty(_count(tensor.shape), dtype=dtype, device=self.device)
             return self._tensors[name]
 
 

@@ -19,8 +19,10 @@ from typing import Any
 
 from zops.errors import ZopsError
 from zops.serving.batch import DeviceLost, Maker, Progress
-from zops.serving.loader import WarmupFailed, load
+from zops.serving.loader import load
+from zops.serving.memory import Told
 from zops.serving.messages import BEAT_S, Batch, Beat, Cancel, Free, FromWorker, StartFailed, ToWorker, WorkerSettings
+from zops.serving.warmup import WarmupFailed
 
 ORPHAN_GRACE_S = 1.5
 # Chores are for a worker that has nothing to do: while requests follow each other, none waits for one.
@@ -52,6 +54,7 @@ def main(connection: "Connection[ToWorker, FromWorker]", settings: WorkerSetting
         except DeviceLost:
             sys.exit(1)  # the traceback is in the log; what was not answered is tried again elsewhere
         outbox.send(Free(batch.id, fits))
+    loaded.close()
 
 
 class Outbox:
@@ -118,14 +121,13 @@ class Heart:
     """Tells every `BEAT_S` that the worker lives, from its start on, whatever its other threads do."""
 
     def __init__(self, send: Callable[[Beat], None], progress: Progress) -> None:
-        self.memory: Callable[[], tuple[int, int] | None] = lambda: None
-        """Returns used and total bytes of the device. Replaced once the device is there."""
+        self.memory: Callable[[], Told] = tuple
+        """Returns used and total bytes of each card. Replaced once they are there."""
         self._send = send
         self._progress = progress
         threading.Thread(target=self._beat, name="heart", daemon=True).start()
 
     def _beat(self) -> None:
         while True:
-            used, total = self.memory() or (None, None)
-            self._send(Beat(self._progress.batch, self._progress.forwards, used, total))
+            self._send(Beat(self._progress.batch, self._progress.forwards, self.memory()))
             time.sleep(BEAT_S)

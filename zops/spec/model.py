@@ -94,8 +94,14 @@ class Serve(_Section):
     max_pixels: int = Field(2048 * 2048, ge=256, description="width x height of the largest image that is accepted")
     max_images: int = Field(4, ge=1, le=10, description="largest n of one request")
     workers: Literal["auto"] | Annotated[int, Field(ge=1, le=64)] = Field(
-        "auto", description="auto: one a visible GPU, or one on the CPU"
+        "auto", description="auto: one a visible GPU (or gpus_per_worker of them), or one on the CPU"
     )
+    parallel: Literal["replicas", "split", "context"] = Field(
+        "replicas",
+        description="several GPUs: replicas, a whole model on each; split, its components on several; "
+        "context, several work on each image",
+    )
+    gpus_per_worker: int = Field(2, ge=2, le=8, description="GPUs of one worker with parallel: split or context")
     max_batch: Literal["auto"] | Annotated[int, Field(ge=1, le=16)] = Field(
         "auto", description="most images made together; auto: what was measured to pay on this GPU and size, else 1"
     )
@@ -125,7 +131,7 @@ class Serve(_Section):
     @field_validator("dtype", mode="before")
     @classmethod
     def _no_float16(cls, value: object) -> object:
-        if value in {"float16", "fp16", "half"}:
+        if isinstance(value, str) and value in {"float16", "fp16", "half"}:
             raise ValueError("float16 overflows in this model and gives black images; use bfloat16 or auto")
         return {"bf16": "bfloat16", "fp32": "float32"}.get(value, value) if isinstance(value, str) else value
 

@@ -66,7 +66,7 @@ def measure(task: dict[str, Any], tell: Callable[..., None]) -> None:
         tell(skipped=list(range(len(task["cases"]))), reason=shortage)
         return
     pipeline = stream(Path(task["snapshot"]), dtype).pipeline
-    applied = preset.apply(pipeline, task["preset"], **({"fp8_text": True} if task["preset"] == "fp8" else {}))
+    applied = preset.apply(pipeline, task["preset"], fp8_text=task["preset"] == "fp8")
     wait()
     tell(notes=[f"{note.what}{': not, ' + note.left_out if note.left_out else ''}" for note in applied.notes])
     known: dict[Call, dict[str, list[float]]] = {}

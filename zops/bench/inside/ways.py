@@ -35,9 +35,8 @@ def stream(snapshot: Path, dtype: torch.dtype, *, verify: bool = False) -> Loade
     rest = assemble.load_rest(snapshot, list(files))
     streamed = weights.result()
     began = time.perf_counter()
-    for component, group in files.items():
-        tensors = {name: tensor for path in group for name, tensor in streamed.files[path].items()}
-        assemble.give_weights(models[component], component, tensors, device)
+    for component in files:
+        assemble.give_weights(models[component], component, streamed.take(component), device)
     pipeline = ZImagePipeline(**models, **rest)
     pipeline.set_progress_bar_config(disable=True)
     wait()

@@ -13,7 +13,7 @@ def serve(result: Result) -> str:
     """Return the section on serving."""
     found = result.of("serve", "images/s")
     if not found:
-        return _gpus(result)
+        return _gpus(result) + _ways(result)
     size = found[0].case["size"]
     best = max(found, key=lambda figure: figure.value)
     text = (
@@ -23,7 +23,9 @@ def serve(result: Result) -> str:
     started = result.find("serve", "start")
     if started:
         text += f" The instance was ready {with_unit(started.value, 's')} after its start."
-    return section("Serving", text, plots(_curves(result, found)) + _levels(result, found) + _gpus(result))
+    return section(
+        "Serving", text, plots(_curves(result, found)) + _levels(result, found) + _gpus(result) + _ways(result)
+    )
 
 
 def _curves(result: Result, found: list[Figure]) -> list[str]:
@@ -82,6 +84,27 @@ def _gpus(result: Result) -> str:
     unit = f"images a second with {found[0].case['clients']} clients, more is better"
     caption = f"One worker a GPU behind one queue. The recipe claims {recipe.TWO_GPUS_SPEEDUP} for two cards."
     return plots([plot("One GPU against all", unit, bars(rows, "/s", "throughput by GPUs"), caption)])
+
+
+def _ways(result: Result) -> str:
+    """Return how replicas, split and context compare, a row a size and number of clients."""
+    found = result.of("parallel", "images/s")
+    if not found:
+        return ""
+    rows = []
+    for figure in found:
+        case = figure.case
+        delay, gain = (result.find("parallel", name, **case) for name in ("latency", "against replicas"))
+        rows.append((
+            case["parallel"],
+            case["size"],
+            case["clients"],
+            number(figure.value),
+            with_unit(delay.value, "s") if delay else "-",
+            number(gain.value) if gain else "-",
+        ))  # fmt: skip
+    head = ("two GPUs as", "size", "clients", "images/s", "p50", "against replicas")
+    return paragraph("Two GPUs used in three ways (serve.parallel).") + table(head, rows, range(1, 6))
 
 
 def cache(result: Result) -> str:

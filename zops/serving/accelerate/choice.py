@@ -16,8 +16,10 @@ from typing import Literal
 from zops.cache.safetensors import read_header
 from zops.errors import ZopsError
 from zops.serving.assemble import weight_files
+from zops.serving.placement import Demand, place
 
 Preset = Literal["eager", "bf16", "fp8"]
+_BY_SPEED: tuple[Preset, ...] = ("fp8", "bf16", "eager")
 
 FP8_SINCE = (8, 9)
 """First compute capability that multiplies fp8 (Ada); Hopper is 9.0, Blackwell 10.0 and 12.0."""
@@ -36,6 +38,8 @@ class Device:
     capability: tuple[int, int] = (0, 0)
     memory_bytes: int = 0
     triton: bool = False
+    more_cards: tuple[int, ...] = ()
+    """Bytes of the further cards that components may be spread over."""
 
     @property
     def has_fp8(self) -> bool:
@@ -61,6 +65,8 @@ class Choice:
     eager_fits: bool
     """Whether the weights fit in bf16: only then can eager's images be made to compare with."""
     reason: str
+    fallbacks: "tuple[Choice, ...]" = ()
+    """What to serve instead, in this order, when the gate refuses this one; empty for one that was asked for."""
 
 
 def choose(wanted: Wanted, device: Device, weights: Mapping[str, int]) -> Choice:
@@ -74,14 +80,38 @@ def choose(wanted: Wanted, device: Device, weights: Mapping[str, int]) -> Choice
     Raises:
         ZopsError: `preset-unusable` when the device cannot compute the preset that was asked for.
     """
-    on_gpu = device.type == "cuda"
-    whole = 2 * sum(weights.values())
-    fits = not on_gpu or device.memory_bytes >= whole + ROOM_BYTES
-    if wanted.preset == "auto":
-        preset, reason = _automatic(device, fits=fits)
-    else:
-        preset, reason = _asked(wanted, device), "asked for"
-    return Choice(preset, preset == "fp8" and _takes_text(wanted, device, weights, whole), fits, reason)
+    fits = device.type != "cuda" or has_room(device, weights)
+    if wanted.preset != "auto":
+        preset = _asked(wanted, device)
+        return Choice(preset, preset == "fp8" and _takes_text(wanted, device, weights), fits, "asked for")
+    preset, reason = _automatic(device, fits=fits)
+    # Where bf16 does not fit and is tried all the same, eager takes no more.
+    slower = _BY_SPEED[_BY_SPEED.index(preset) + 1 :] if fits or preset != "fp8" else ()
+    instead = tuple(Choice(each, fp8_text=False, eager_fits=fits, reason="auto fell back") for each in slower)
+    return Choice(preset, preset == "fp8" and _takes_text(wanted, device, weights), fits, reason, instead)
+
+
+def demands(
+    weights: Mapping[str, int], *, bytes_each: int = 2, fp8: bool = False, fp8_text: bool = False
+) -> dict[str, Demand]:
+    """Return what each component asks of its card.
+
+    Args:
+        weights: parameters of each component.
+        bytes_each: of a parameter.
+        fp8: whether the large layers of the transformer are in fp8.
+        fp8_text: whether those of the text encoder are.
+    """
+    narrow = {"transformer": fp8, "text_encoder": fp8 and fp8_text}
+    return {
+        name: Demand(int(bytes_each * count * (_FP8_SHARE if narrow.get(name) else 1)), ROOM_BYTES)
+        for name, count in weights.items()
+    }
+
+
+def has_room(device: Device, weights: Mapping[str, int], *, fp8: bool = False) -> bool:
+    """Tell whether a device has room for weights in bf16, or for those of the transformer in fp8."""
+    return place(demands(weights, fp8=fp8), (device.memory_bytes, *device.more_cards)) is not None
 
 
 def _automatic(device: Device, *, fits: bool) -> tuple[Preset, str]:
@@ -108,11 +138,10 @@ def _asked(wanted: Wanted, device: Device) -> Preset:
     )
 
 
-def _takes_text(wanted: Wanted, device: Device, weights: Mapping[str, int], whole: int) -> bool:
+def _takes_text(wanted: Wanted, device: Device, weights: Mapping[str, int]) -> bool:
     if wanted.fp8_text is not None:
         return wanted.fp8_text
-    saved = 2 * weights.get("transformer", 0) * (1 - _FP8_SHARE)
-    return device.type == "cuda" and device.memory_bytes < whole - saved + ROOM_BYTES
+    return device.type == "cuda" and not has_room(device, weights, fp8=True)
 
 
 def has_triton() -> bool:

@@ -21,17 +21,7 @@ _MOST_ELEMENTS = 2**31
 class ImageOperations(Protocol):
     """What `decoder` in plain torch and `image_kernels` in Triton both have."""
 
-    def norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        groups: int,
-        eps: float,
-        *,
-        shift: torch.Tensor | None,
-        silu: bool,
-    ) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, by: nn.GroupNorm, *, shift: torch.Tensor | None, silu: bool) -> torch.Tensor:
         """Return the group norm of x + shift (one number a channel), through SiLU if asked."""
 
     def add(self, x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -39,19 +29,9 @@ class ImageOperations(Protocol):
 
 
 class _Plain:
-    def norm(
-        self,
-        x: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor,
-        groups: int,
-        eps: float,
-        *,
-        shift: torch.Tensor | None,
-        silu: bool,
-    ) -> torch.Tensor:
+    def norm(self, x: torch.Tensor, by: nn.GroupNorm, *, shift: torch.Tensor | None, silu: bool) -> torch.Tensor:
         wide = x.float() if shift is None else x.float() + shift.float().view(1, -1, 1, 1)
-        wide = functional.group_norm(wide, groups, weight.float(), bias.float(), eps)
+        wide = functional.group_norm(wide, by.num_groups, by.weight.float(), by.bias.float(), by.eps)
         return (functional.silu(wide) if silu else wide).to(x.dtype)
 
     def add(self, x: torch.Tensor, branch: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
@@ -102,7 +82,7 @@ class FusedDecoder:
     def _norm(
         self, x: torch.Tensor, norm: nn.GroupNorm, *, shift: torch.Tensor | None = None, silu: bool = True
     ) -> torch.Tensor:
-        return self._images.norm(x, norm.weight, norm.bias, norm.num_groups, norm.eps, shift=shift, silu=silu)
+        return self._images.norm(x, norm, shift=shift, silu=silu)
 
     def _resnet(self, x: torch.Tensor, resnet: Any) -> torch.Tensor:
         branch = _convolved(self._norm(x, resnet.norm1), resnet.conv1, bias=False)

@@ -4,7 +4,7 @@ What depends on the prompt alone (the refined captions), on the size alone (rota
 (modulation of every block) is computed once; the loop works on image tokens in place and never asks the GPU anything.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,17 +12,21 @@ import torch
 from torch.nn import functional
 
 from zops.serving.accelerate.attention import runs
+from zops.serving.accelerate.cards import ALONE, Cards
 from zops.serving.accelerate.fused import Packed
-from zops.serving.accelerate.graphs import Recent, Work, capture
+from zops.serving.accelerate.graphs import Graphs, Recent, Work
 from zops.serving.accelerate.refiner import refine
 from zops.serving.accelerate.rope import caption_table, image_table, joint_table, padded
 from zops.serving.accelerate.schedule import Schedule, make_schedule
+from zops.serving.memory import count_free
 
 PATCH = "2-1"  # the only patch size of Z-Image: 2 x 2 latents, one frame
 # Called after each forward with its index and a way to the latents so far; False stops the call.
 Watch = Callable[[int, Callable[[], torch.Tensor]], bool]
 
 _SHAPES_KEPT = 8
+# An image of 1024 x 1024 takes 0.7 GB of it; a card that has little left must make larger ones without a graph.
+_GRAPHS_SHARE = 0.4
 _SCHEDULES_KEPT = 4
 
 
@@ -55,16 +59,20 @@ class Layout:
 
 
 class Denoiser:
-    """The loop over a transformer of fused blocks. One call at a time; the caller holds the GPU anyway."""
+    """The loop over a transformer of fused blocks. One call at a time; the caller holds the GPU anyway.
 
-    def __init__(self, transformer: Any, scheduler: Any, *, graphs: bool = False) -> None:
+    With several cards each has a denoiser of its own, and all are called with the same at the same time.
+    """
+
+    def __init__(self, transformer: Any, scheduler: Any, *, graphs: bool = False, cards: Cards = ALONE) -> None:
+        self.cards = cards
         self.transformer = transformer
         self.scheduler = scheduler
-        self.graphs = graphs
+        card = str(transformer.x_pad_token.device)
+        self.graphs = Graphs(_GRAPHS_SHARE, free=lambda: count_free(card)) if graphs else None
         self._blocks = [*transformer.noise_refiner, *transformer.layers]
         self._tables: Recent[Tables] = Recent(_SCHEDULES_KEPT)
-        self._shapes: Recent[_Shape] = Recent(_SHAPES_KEPT)
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
+        self._shapes: Recent[_Shape] = Recent(_SHAPES_KEPT, self.graphs.forget if self.graphs else _nothing)
 
     @torch.inference_mode()
     def __call__(
@@ -141,49 +149,59 @@ class _Shape:
         images = {n: image_table(transformer, n, layout.height, layout.width, device) for n in set(layout.captions)}
         image_tables = [images[n] for n in layout.captions]
         each = padded(layout.tokens)
-        self._noise = Packed(torch.cat(image_tables), ((each, len(order)),))
+        self._cards = cards = owner.cards
+        self._noise = Packed(cards.mine(torch.cat(image_tables)), ((each, len(order)),), cards)
         self._joint = Packed(
-            joint_table(image_tables, [captions[n] for n in layout.captions]),
+            cards.mine(joint_table(image_tables, [captions[n] for n in layout.captions])),
             runs([each + n for n in layout.captions]),
+            cards,
         )
         width = transformer.x_pad_token.shape[1]
         features = transformer.all_x_embedder[PATCH].in_features
         self.tokens = torch.zeros(layout.images, layout.tokens, features, device=device)
         self._captions = torch.zeros(sum(layout.captions), width, device=device, dtype=dtype)
         self._now: Tables | None = None
-        self._replay: Work | None = None
         self._calls = 0
 
     def begin(self, tokens: torch.Tensor, captions: torch.Tensor) -> None:
         """Take over the noise and the refined captions of a call."""
         self._calls += 1
         self._captions.copy_(captions)
-        if self._owner.graphs and self._calls > 1 and self._replay is None:
-            self._capture()
+        self._replay()  # captures it before the tokens come, which that changes
         self.tokens.copy_(tokens)
 
     def step(self, tables: Tables, index: int) -> None:
         """Do one forward and move the tokens."""
         now = Tables(tables.gains[index], tables.final[index], tables.changes[index])
-        if self._replay is None or self._now is None:
+        replay = self._replay()
+        if replay is None or self._now is None:
             self._forward(now)
             return
         self._now.gains.copy_(now.gains)
         self._now.final.copy_(now.final)
         self._now.changes.copy_(now.changes)
-        self._replay()
+        replay()
 
-    def _capture(self) -> None:
+    def _replay(self) -> Work | None:
+        """Return the graph of a forward, from the second call on and where there is one; never to be kept here.
+
+        It reads from the same tensors every time, which are written before.
+        """
+        graphs = self._owner.graphs
+        if graphs is None or self._calls < 2:
+            return None
+        now = self._now = self._now or self._make_tables()
+        return graphs.get(self, lambda: self._forward(now))
+
+    def _make_tables(self) -> Tables:
         final = self._owner.transformer.all_final_layer[PATCH].norm_final.normalized_shape[0]
         device = self.tokens.device
         count = len(self._owner._blocks)  # noqa: SLF001 - a part of its owner
-        self._now = Tables(
+        return Tables(
             torch.zeros(count, 4, final, device=device),
             torch.zeros(final, device=device, dtype=self._dtype),
             torch.zeros((), device=device),
         )
-        now = self._now
-        self._replay = capture(lambda: self._forward(now), self._owner._pool)  # noqa: SLF001
 
     def _forward(self, now: Tables) -> None:
         predicted = self._predict(self.tokens if self._straight else self.tokens[self._source], now)
@@ -202,17 +220,22 @@ class _Shape:
         missing = padded(length) - length
         if missing:
             x = torch.cat((x, transformer.x_pad_token.expand(count, missing, -1)), dim=1)
-        rows = x.flatten(0, 1)
         gains = iter(now.gains.unbind(0))
-        for block in transformer.noise_refiner:
-            rows = block.run(rows, next(gains), self._noise)
-        rows = self._join(rows.view(x.shape))
-        for block in transformer.layers:
-            rows = block.run(rows, next(gains), self._joint)
+        rows = self._through(transformer.noise_refiner, x.flatten(0, 1), gains, self._noise)
+        rows = self._through(transformer.layers, self._join(rows.view(x.shape)), gains, self._joint)
         final = transformer.all_final_layer[PATCH]
         images = self._images(rows, layout.tokens)
         images = functional.layer_norm(images, images.shape[-1:], eps=final.norm_final.eps) * now.final
         return final.linear(images).float()  # type: ignore[no-any-return]  # diffusers is not typed
+
+    def _through(
+        self, blocks: Iterable[Any], rows: torch.Tensor, gains: Iterator[torch.Tensor], packed: Packed
+    ) -> torch.Tensor:
+        """Return the rows after some blocks, of which each card does its share."""
+        mine = self._cards.mine(rows)
+        for block in blocks:
+            mine = block.run(mine, next(gains), packed)
+        return self._cards.all(mine, len(rows))
 
     def _join(self, x: torch.Tensor) -> torch.Tensor:
         """Return the rows of each image followed by its caption's."""
@@ -231,6 +254,10 @@ class _Shape:
         return _one([
             piece.view(count, length, -1)[:, :tokens] for piece, (length, count) in zip(pieces, groups, strict=True)
         ])  # fmt: skip
+
+
+def _nothing(_shape: _Shape) -> None:
+    pass
 
 
 def _one(pieces: list[torch.Tensor]) -> torch.Tensor:

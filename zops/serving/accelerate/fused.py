@@ -10,17 +10,22 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from zops.serving.accelerate.attention import NATIVE, Attend, attend_packed, runs
+from zops.serving.accelerate.attention import NATIVE, Attend, runs
+from zops.serving.accelerate.cards import ALONE, Cards
 from zops.serving.accelerate.fp8 import AnyLinear, stacked
 from zops.serving.accelerate.rows import RowOperations, Rows
 
 
 @dataclass(frozen=True, slots=True)
 class Packed:
-    """What all blocks of one forward share: how rows fall into images, and the rotary table of every row."""
+    """What all blocks of one forward share: how rows fall into images, and the rotary table of every row.
+
+    Where several cards work on them, the table is that of this card's rows, and `packing` that of all rows.
+    """
 
     rope: torch.Tensor
     packing: tuple[tuple[int, int], ...]
+    cards: Cards = ALONE
 
 
 class FusedBlock(nn.Module):
@@ -71,7 +76,7 @@ class FusedBlock(nn.Module):
         """Return the attention of rows of q, k and v."""
         norm_q, norm_k = cast("torch.Tensor", self.norm_q), cast("torch.Tensor", self.norm_k)
         qkv = self.rows.rotate(qkv, norm_q, norm_k, packed.rope, self.head_eps)
-        return attend_packed(qkv, self.head, packed.packing, self.attend)
+        return packed.cards.attend(qkv, self.head, packed.packing, self.attend)
 
     def _input(self, x: torch.Tensor, layer: AnyLinear) -> Rows:
         return self.rows.quantise(x) if layer.takes_fp8 else x

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
+from functools import cache
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,22 +16,117 @@ def capture(work: Work, pool: Any) -> Work:
 
     `work` runs once before, since libraries choose and compile their kernels at first use, which no graph can hold.
     """
-    side = torch.cuda.Stream()
+    side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         work()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, pool=pool):
+    with torch.cuda.graph(graph, pool=pool, stream=side):
         work()
     return graph.replay
+
+
+@cache
+def _side(card: int) -> torch.cuda.Stream:
+    """Return the stream of a card on which graphs are captured: cuBLAS keeps 32 MB for each stream that it saw.
+
+    torch's own stream for this belongs to the card on which it was first used.
+    """
+    return torch.cuda.Stream(card)
+
+
+def pool_bytes(pool: Any) -> int:
+    """Return how much of the GPU a pool of graphs holds."""
+    segments = torch.cuda.memory_snapshot()
+    return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
+
+
+class Graphs:
+    """Graphs of several shapes in one pool of memory, within a share of what is free when the first one is captured.
+
+    In one pool each graph works in the memory that the others work in too, so it is about as large as the largest
+    asks for; and nothing of it can be given back while one graph is left. When it grows beyond the limit all graphs
+    go, and the one that asked begins a new pool; shapes that are used again are captured again. What is too large
+    even alone is never captured.
+
+    Args:
+        share: of the free memory.
+        make: captures work in a pool.
+        new_pool: makes an empty pool.
+        measure: tells the bytes that a pool holds.
+        free: tells the bytes that are free.
+    """
+
+    def __init__(
+        self,
+        share: float,
+        *,
+        free: Callable[[], int | None],
+        make: Callable[[Work, Any], Work] = capture,
+        new_pool: Callable[[], Any] = torch.cuda.graph_pool_handle,
+        measure: Callable[[Any], int] = pool_bytes,
+    ) -> None:
+        self._share, self._free = share, free
+        self._make, self._new_pool, self._measure = make, new_pool, measure
+        self._limit: float | None = None
+        self._pool: Any = None
+        self._kept: OrderedDict[Hashable, Work] = OrderedDict()
+        self._held: dict[Hashable, int] = {}
+        self._too_large: set[Hashable] = set()
+
+    @property
+    def held_bytes(self) -> dict[Hashable, int]:
+        """Return by how much the pool grew for each graph that is kept, the least recently used first."""
+        return {key: self._held[key] for key in self._kept}
+
+    def get(self, key: Hashable, work: Work) -> Work | None:
+        """Return the replay of a shape's work, captured now if need be; None where it would take too much."""
+        if key in self._kept:
+            self._kept.move_to_end(key)
+            return self._kept[key]
+        return None if key in self._too_large else self._capture(key, work)
+
+    def forget(self, key: Hashable) -> None:
+        """Drop the graph of a shape that nobody keeps any more."""
+        self._too_large.discard(key)
+        self._held.pop(key, None)
+        if self._kept.pop(key, None) and not self._kept:
+            self.drop()
+
+    def drop(self) -> None:
+        """Drop all graphs, and give their memory back."""
+        self._kept.clear()
+        self._held.clear()
+        self._pool = None
+        torch.cuda.empty_cache()
+
+    def _capture(self, key: Hashable, work: Work) -> Work | None:
+        if self._limit is None:
+            self._limit = self._share * (self._free() or 0)
+        if self._pool is None:
+            self._pool = self._new_pool()
+        before = sum(self._held.values())
+        replay = self._make(work, self._pool)
+        held = self._measure(self._pool)
+        if held <= self._limit:
+            self._kept[key], self._held[key] = replay, held - before
+            return replay
+        alone = not self._kept
+        del replay
+        self.drop()
+        if alone:
+            self._too_large.add(key)
+            return None
+        return self._capture(key, work)
 
 
 class Recent(Generic[Made]):
     """What was made for the shapes that were used last; the least recently used is dropped first."""
 
-    def __init__(self, limit: int) -> None:
+    def __init__(self, limit: int, dropped: Callable[[Made], None] = lambda _made: None) -> None:
         self._limit = limit
+        self._dropped = dropped
         self._made: OrderedDict[Hashable, Made] = OrderedDict()
 
     def get(self, key: Hashable, make: Callable[[], Made]) -> Made:
@@ -40,5 +136,5 @@ class Recent(Generic[Made]):
         else:
             self._made[key] = make()
             if len(self._made) > self._limit:
-                self._made.popitem(last=False)
+                self._dropped(self._made.popitem(last=False)[1])
         return self._made[key]

@@ -6,40 +6,35 @@ A group's mean and variance are summed in a fixed order (pieces, then the pieces
 import torch
 import triton
 import triton.language as tl
+from torch import nn
 
 _TILE = 8192  # elements a program holds
 _TILES_A_PIECE = 8
 _LARGEST_PIECES = 2048
 
 
-def norm(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    bias: torch.Tensor,
-    groups: int,
-    eps: float,
-    *,
-    shift: torch.Tensor | None,
-    silu: bool,
-) -> torch.Tensor:
+def norm(x: torch.Tensor, by: nn.GroupNorm, *, shift: torch.Tensor | None, silu: bool) -> torch.Tensor:
     """Return silu(group norm of x + shift); see `decoder.norm`."""
     count, channels, height, width = x.shape
+    groups = by.num_groups
     pixels = height * width
     rows = max(1, _TILE // channels)
     tiles = max(_TILES_A_PIECE, triton.cdiv(pixels, rows * _LARGEST_PIECES))
     pieces = triton.cdiv(pixels, rows * tiles)
     partial = torch.empty((count, 2, groups, pieces), dtype=torch.float32, device=x.device)
     stats = torch.empty((count, groups, 2), dtype=torch.float32, device=x.device)
-    added = weight if shift is None else shift
+    added = by.weight if shift is None else shift  # where there is none it is not read
     shape = {"channels": channels, "groups": groups, "rows": rows, "shifted": shift is not None, "num_warps": 8}
     _sum_pieces[(pieces, count)](x, added, partial, pixels, pieces, tiles, **shape)
     _sum_groups[(groups, count)](
-        partial, stats, pixels, pieces, rows * tiles, eps,
+        partial, stats, pixels, pieces, rows * tiles, by.eps,
         width=channels // groups, groups=groups, block=triton.next_power_of_2(pieces),
     )  # fmt: skip
     out = torch.empty_like(x)
     shape["rows"] = max(1, rows // 2)  # half the tile leaves room for twice the programs
-    _apply[(triton.cdiv(pixels, shape["rows"]), count)](x, added, stats, weight, bias, out, pixels, silu=silu, **shape)
+    _apply[(triton.cdiv(pixels, shape["rows"]), count)](
+        x, added, stats, by.weight, by.bias, out, pixels, silu=silu, **shape
+    )
     return out
 
 

@@ -11,13 +11,16 @@ from typing import Any, Protocol
 import torch
 
 from zops.serving.accelerate.attention import NATIVE, Backend, probe
+from zops.serving.accelerate.cards import ALONE, Cards
 from zops.serving.accelerate.choice import Preset
 from zops.serving.accelerate.decoder import FusedDecoder
 from zops.serving.accelerate.denoise import Denoiser, Watch, denoise_plainly
 from zops.serving.accelerate.fp8 import has_fp8, quantise_linears
 from zops.serving.accelerate.fused import FusedBlock, fuse_blocks
+from zops.serving.accelerate.homes import Homes, current
 from zops.serving.accelerate.rows import PLAIN, operations
 from zops.serving.accelerate.text import TextEncoder, reads_backwards_only
+from zops.serving.memory import give_back
 
 Encode = Callable[[Sequence[str]], list[torch.Tensor]]
 Decode = Callable[[torch.Tensor], torch.Tensor]
@@ -61,8 +64,8 @@ class Note:
 class Applied:
     """A pipeline under a preset: its three stages and what was done to get them.
 
-    `encode` gives each prompt's embeds, (tokens, width). `denoise` takes and gives float32 latents. `decode` takes
-    latents and gives pixels 0..1, (images, 3, height, width), on the device.
+    `encode` gives each prompt's embeds, (tokens, width), on the transformer's card. `denoise` takes and gives float32
+    latents there. `decode` takes latents and gives pixels 0..1, (images, 3, height, width), on the VAE's card.
     """
 
     preset: Preset
@@ -70,6 +73,8 @@ class Applied:
     denoise: Denoise
     decode: Decode
     notes: tuple[Note, ...] = ()
+    graphs: bool = False
+    """Whether the second call with a shape captures a CUDA graph."""
 
     @property
     def done(self) -> tuple[str, ...]:
@@ -86,6 +91,8 @@ def apply(
     fused_text: bool = True,
     fused_decoder: bool = True,
     probe_attention: bool = True,
+    homes: Homes | None = None,
+    cards: Cards = ALONE,
 ) -> Applied:
     """Transform a pipeline in place and return its stages.
 
@@ -97,16 +104,21 @@ def apply(
         fused_text: encode prompts without padding.
         fused_decoder: decode with channels last and fused steps.
         probe_attention: measure which attention is fastest here; torch's choice otherwise.
+        homes: the card of each component; as they are by default.
+        cards: those that denoise each image together, of which this process serves the first; not with eager.
     """
+    homes = homes or Homes.of(pipeline)
     if preset == "eager":
-        return _eager(pipeline)
+        return _between(_eager(pipeline, homes), homes)
     transformer = pipeline.transformer
-    device = transformer.x_pad_token.device
+    device = homes.transformer
     rows = operations(device)
     fp8 = preset == "fp8"
     direct = has_fp8(device)
     count = fuse_blocks(transformer, rows, fp8=fp8)
     on_gpu = "" if device.type == "cuda" else "no GPU"
+    # Exchanges between cards could be captured too; that no call is ever half captured was not shown yet.
+    no_graphs = on_gpu or ("several cards work on an image" if cards.count > 1 else "" if graphs else "not asked for")
     notes = [
         Note(f"{count} blocks with fused projections, real rotary tables and modulation once a schedule"),
         Note("captions refined once a prompt"),
@@ -115,13 +127,14 @@ def apply(
     if fp8:
         notes.append(Note("fp8 products", left_out="" if direct else "this device has none; computed in float32"))
     applied = replace(
-        _eager(pipeline),
+        _eager(pipeline, homes),
         preset=preset,
-        denoise=Denoiser(transformer, pipeline.scheduler, graphs=graphs and not on_gpu),
+        denoise=Denoiser(transformer, pipeline.scheduler, graphs=not no_graphs, cards=cards),
+        graphs=not no_graphs,
     )
-    notes.append(Note("CUDA graphs", left_out=on_gpu or ("" if graphs else "not asked for")))
+    notes.append(Note("CUDA graphs", no_graphs))
     notes.append(
-        choose_attention(transformer, device)
+        choose_attention(transformer, device, heads=-(-transformer.n_heads // cards.count))
         if probe_attention and not on_gpu
         else Note("attention probe", on_gpu or "not asked for")
     )
@@ -133,16 +146,42 @@ def apply(
     if fused_decoder:
         applied = replace(applied, decode=fused_decode(pipeline))
         notes.append(Note("decoder with channels last and fused norms"))
-    if not on_gpu:
-        torch.cuda.empty_cache()
-    return replace(applied, notes=tuple(notes))
+    # The weights that were replaced came by another stream or in another size: nothing here could use their memory.
+    give_back(str(device))
+    return _between(replace(applied, notes=tuple(notes)), homes)
 
 
-def choose_attention(transformer: Any, device: torch.device) -> Note:
-    """Give all fused blocks the attention that a probe on this device finds fastest; say what it found."""
+def _between(applied: Applied, homes: Homes) -> Applied:
+    """Run each stage on its card, and take what it makes to the next one's."""
+
+    def encode(prompts: Sequence[str]) -> list[torch.Tensor]:
+        with current(homes.text_encoder):
+            return [embeds.to(homes.transformer) for embeds in applied.encode(prompts)]
+
+    def denoise(embeds: Sequence[torch.Tensor], latents: torch.Tensor, **how: Any) -> torch.Tensor:
+        with current(homes.transformer):
+            return applied.denoise(embeds, latents, **how)
+
+    def decode(latents: torch.Tensor) -> torch.Tensor:
+        with current(homes.vae):
+            return applied.decode(latents.to(homes.vae))
+
+    notes = (*applied.notes, Note(str(homes))) if homes.several else applied.notes
+    return replace(applied, encode=encode, denoise=denoise, decode=decode, notes=notes)
+
+
+def choose_attention(transformer: Any, device: torch.device, *, heads: int | None = None) -> Note:
+    """Give all fused blocks the attention that a probe finds fastest here; say what it found.
+
+    Args:
+        transformer: with fused blocks.
+        device: its card.
+        heads: that this card computes; all of them by default.
+    """
     head = transformer.layers[0].head
-    heads = transformer.n_heads
-    found = probe(device, transformer.x_pad_token.dtype, heads=heads, head=head, tokens=_PROBE_TOKENS)
+    heads = heads or transformer.n_heads
+    with current(device):
+        found = probe(device, transformer.x_pad_token.dtype, heads=heads, head=head, tokens=_PROBE_TOKENS)
     best = _clearly_best(found)
     said = ", ".join(f"{one.name} {one.trouble or f'{one.seconds * 1e3:.3f} ms'}" for one in found)
     if not best.usable:
@@ -166,11 +205,13 @@ def _use_text_encoder(applied: Applied, pipeline: Any, *, graphs: bool) -> tuple
     return replace(applied, encode=TextEncoder(pipeline, graphs=graphs).encode), Note(what)
 
 
-def _eager(pipeline: Any) -> Applied:
+def _eager(pipeline: Any, homes: Homes) -> Applied:
     def encode(prompts: Sequence[str]) -> list[torch.Tensor]:
         with torch.inference_mode():
-            device = pipeline.transformer.x_pad_token.device  # to be asked, the pipeline walks through all modules
-            embeds, _ = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False)
+            # To be asked for its device, the pipeline walks through all modules.
+            embeds, _ = pipeline.encode_prompt(
+                list(prompts), device=homes.text_encoder, do_classifier_free_guidance=False
+            )
         return list(embeds)
 
     def denoise(embeds: Sequence[torch.Tensor], latents: torch.Tensor, **how: Any) -> torch.Tensor:

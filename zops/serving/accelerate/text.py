@@ -11,10 +11,12 @@ from typing import Any
 
 import torch
 
-from zops.serving.accelerate.graphs import Recent, Work, capture
+from zops.serving.accelerate.graphs import Graphs, Recent
 from zops.serving.accelerate.rope import padded
+from zops.serving.memory import count_free
 
 _SHAPES_KEPT = 16
+_GRAPHS_SHARE = 0.05
 # At most 2.6 MB each.
 _PROMPTS_KEPT = 32
 
@@ -25,9 +27,9 @@ class TextEncoder:
     def __init__(self, pipeline: Any, *, graphs: bool = False) -> None:
         self._tokenizer = pipeline.tokenizer
         self._model = pipeline.text_encoder
-        self._graphs = graphs
-        self._pool = torch.cuda.graph_pool_handle() if graphs else None
-        self._shapes: Recent[_Shape] = Recent(_SHAPES_KEPT)
+        card = str(self._model.embed_tokens.weight.device)
+        self._graphs = Graphs(_GRAPHS_SHARE, free=lambda: count_free(card)) if graphs else None
+        self._shapes: Recent[_Shape] = Recent(_SHAPES_KEPT, self._graphs.forget if self._graphs else _nothing)
 
     def encode(self, prompts: Sequence[str]) -> list[torch.Tensor]:
         """Return the embeds of each prompt, encoded alone: equal to the bit in any batch.
@@ -50,7 +52,7 @@ class TextEncoder:
         batch = torch.zeros(len(ids), length, dtype=torch.long)
         for row, own in zip(batch, ids, strict=True):
             row[: len(own)] = torch.tensor(own)
-        shape = self._shapes.get(batch.shape, lambda: _Shape(self._model, *batch.shape, pool=self._pool))
+        shape = self._shapes.get(batch.shape, lambda: _Shape(self._model, *batch.shape, graphs=self._graphs))
         hidden = shape.encode(batch)
         return [hidden[i, : len(own)].clone() for i, own in enumerate(ids)]
 
@@ -76,25 +78,20 @@ def _only(encode: Callable[[Sequence[str]], list[torch.Tensor]], prompt: str) ->
 class _Shape:
     """The buffers and, from its second call on, the graph of one batch and length."""
 
-    def __init__(self, model: Any, count: int, length: int, *, pool: Any) -> None:
-        self._model, self._pool = model, pool
+    def __init__(self, model: Any, count: int, length: int, *, graphs: Graphs | None) -> None:
+        self._model, self._graphs = model, graphs
         self._device = model.embed_tokens.weight.device
         self._ids = torch.zeros(count, length, dtype=torch.long, device=self._device)
         self._places = torch.arange(length, device=self._device)[None]
         self._hidden: torch.Tensor | None = None
-        self._replay: Work | None = None
         self._calls = 0
 
     def encode(self, ids: torch.Tensor) -> torch.Tensor:
         """Return the hidden states of a batch; they are overwritten by the next one."""
         self._ids.copy_(ids)
         self._calls += 1
-        if self._pool is not None and self._calls > 1:
-            if self._replay is None:
-                self._replay = capture(self._run, self._pool)
-            self._replay()
-        else:
-            self._run()
+        replay = self._graphs.get(self, self._run) if self._graphs and self._calls > 1 else None
+        (replay or self._run)()
         assert self._hidden is not None
         return self._hidden
 
@@ -108,6 +105,10 @@ class _Shape:
         if self._hidden is None:
             self._hidden = torch.empty_like(hidden)
         self._hidden.copy_(hidden)
+
+
+def _nothing(_shape: _Shape) -> None:
+    pass
 
 
 def reads_backwards_only(model: Any) -> bool:
