@@ -20,7 +20,7 @@ from tests.support.engine_faults import FakeGpu, Victim, fill_cache, tell_truth_
 from tests.support.fault_cases import CASES, LOOK_EVERY_S, MARGIN_S, SLACK_S, play
 from tests.support.full_disk import small_disk
 from tests.support.host import Host
-from tests.support.private_engine import PrivateEngine, private_engine
+from tests.support.private_engine import PrivateEngine, has_layers, private_engine
 from tests.support.watching import EAGER, Watching, watching
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -42,6 +42,8 @@ class Scene:
 
 @pytest.fixture(scope="module")
 def engine(inference_image: str) -> Iterator[PrivateEngine]:
+    if os.geteuid() != 0 or not has_layers(inference_image):
+        pytest.skip("a second engine takes root, and a first one that keeps its images with overlay2")
     with private_engine(inference_image) as engine:
         yield engine
 

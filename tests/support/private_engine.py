@@ -111,6 +111,13 @@ def _words(words: list[str]) -> str:
     return "[" + ", ".join(f'"{word}"' for word in words) + "]"
 
 
+def has_layers(image: str) -> bool:
+    """Tell whether the host's engine keeps an image as directories that can be mounted from here."""
+    with closing(docker.DockerClient.from_env(use_context=False)) as hosts:
+        layers = hosts.images.get(image).attrs["GraphDriver"]["Data"] or {}
+    return Path(layers.get("UpperDir", "/nowhere")).is_dir()
+
+
 @contextmanager
 def private_engine(image: str) -> Iterator[PrivateEngine]:
     """Give an engine that has the inference image, and leave nothing of it."""

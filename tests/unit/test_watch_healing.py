@@ -257,3 +257,46 @@ def test_the_budget_must_hold_whatever_was_done_before(moments, budget, now) -> 
     recent = [one for one in heals if one.at > now - WINDOW_S]
     if len(recent) >= budget:
         assert decision.do in {"give-up", "wait"}
+
+
+@pytest.mark.parametrize("code", ["starting", "worker-down"])
+def test_what_is_only_on_its_way_back_must_be_asked_often_and_believed_at_its_first_good_answer(code) -> None:
+    one = case()
+    for at in (0.0, 5.0):
+        one.see(answer(at, code))
+    assert one.verdict == "failed"
+    assert one.pause_s(answer(5.0, code), luck=0.0) == one.rhythm.recovery_s
+    change = one.see(answer(6.0))
+    assert change is not None
+    assert change.verdict == "ok"
+
+
+def test_a_hung_instance_must_not_be_believed_at_its_first_good_answer() -> None:
+    one = case()
+    for at in (0.0, 5.0):
+        one.see(answer(at, "hung"))
+    assert one.see(answer(15.0)) is None
+    assert one.verdict == "failed"
+
+
+def test_new_answers_must_be_waited_for_once_what_they_were_about_has_changed() -> None:
+    one = case()
+    for at in (0.0, 5.0):
+        one.see(answer(at, "snapshot-gone", layer="cache"))
+    one.look_again()
+    assert one.decide(6.0) is None
+    assert one.verdict == "failed"
+    assert one.see(answer(15.0)).verdict == "ok"
+    one.see(answer(25.0, "snapshot-gone", layer="cache"))
+    assert one.decide(26.0) is None
+
+
+def test_a_fault_that_goes_on_after_a_new_look_must_be_healed_as_old_as_it_is() -> None:
+    one = case()
+    for at in (0.0, 5.0):
+        one.see(answer(at, "snapshot-gone", layer="cache"))
+    one.look_again()
+    for at in (15.0, 20.0):
+        one.see(answer(at, "snapshot-gone", layer="cache"))
+    assert one.decide(20.0).do == "recreate"
+    assert one.problem.since == 0.0

@@ -147,6 +147,12 @@ class Case:
         if was_canary:
             self.canary_at = now
 
+    def look_again(self) -> None:
+        """Wait for new answers before anything is done: what the last ones were about has changed."""
+        since = self._bad_since
+        self._forget()
+        self._bad_since = since
+
     @property
     def recovering(self) -> bool:
         """Whether a heal is done and it is not known yet whether it helped."""

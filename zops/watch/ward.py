@@ -163,6 +163,11 @@ class Ward:
         if why := self._why_not(instance):
             self._hold_off(action, why)
             return
+        if self._held_off and self.case.code in OF_THE_SNAPSHOT:
+            # The host has it again, and what the instance saw of it may be older than that.
+            self._held_off = ""
+            self.case.look_again()
+            return
         bad = health.first_bad
         facts = {
             "action": action,
