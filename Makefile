@@ -4,7 +4,9 @@
 
 VENV   := .venv
 BIN    := $(VENV)/bin
-PYTEST := $(BIN)/python -m pytest
+# Test modules are spread over processes, long ones first; to watch one closely: make e2e SPREAD=
+SPREAD ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
+PYTEST := $(BIN)/python -m pytest $(SPREAD)
 # A package index with CPU builds of torch saves gigabytes where no GPU is: make demo TORCH_INDEX=URL
 TORCH_INDEX ?=
 

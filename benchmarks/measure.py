@@ -34,7 +34,8 @@ def warm(paths: Iterable[Path]) -> None:
         with path.open("rb", buffering=0) as stream:
             while stream.read(8 << 20):
                 pass
-        assert resident_bytes(path) >= path.stat().st_size * 0.999, f"{path} does not stay in memory"
+        # Some kernels drop a few pages of their own accord.
+        assert resident_bytes(path) >= path.stat().st_size * 0.99, f"{path} does not stay in memory"
 
 
 def seconds(work: Callable[[], object]) -> float:

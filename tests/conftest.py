@@ -1,9 +1,13 @@
 """Fixtures that every layer of tests shares."""
 
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+# A job in the background of a shell ignores Ctrl-C, and what the tests start would inherit that.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +20,7 @@ def _own_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     home.mkdir()
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.setenv("ZOPS_STATE_DIR", str(tmp_path / "state"))
+    monkeypatch.setenv("ZOPS_LOCK_DIR", str(tmp_path / "locks"))
     for name in ("XDG_STATE_HOME", "XDG_CONFIG_HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
 

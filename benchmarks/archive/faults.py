@@ -103,7 +103,7 @@ def play_uploads(world: World) -> Iterator[Count]:
     """SIGKILL at random moments of uploads, then the same again."""
     with _bucket() as (endpoint, uploads), _environ(endpoint, world):
         kills = kill_uploads(world.large(), world.room("kills"), f"s3://{BUCKET}/kills", world.kills, uploads)
-    ended = f"{kills.killed} killed in time, {kills.resumed} left parts, which the next run removed"
+    ended = f"{kills.killed} killed in time, {kills.resumed} left parts, which the next run did not send again"
     yield Count("upload to S3 killed, run again", kills.tried, ended, kills.wrong)
 
 

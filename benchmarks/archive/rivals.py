@@ -11,7 +11,7 @@ from benchmarks.archive.process import run_shell
 from benchmarks.archive.weights import Weights
 from benchmarks.measure import sync
 from zops.archive.format import CHUNK
-from zops.cache.ranges import reserve
+from zops.cache.blocks import reserve
 from zops.cache.reading import OpenFile, new_buffer
 
 _BUFFERS = 5

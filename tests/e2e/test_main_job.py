@@ -75,7 +75,7 @@ def test_a_bare_host_must_become_a_serving_one_survive_a_crash_and_the_loss_of_i
     assert containers(engine, host)[0].attrs["State"]["StartedAt"] == inspected["State"]["StartedAt"]
 
     # Healthy, also by a real image.
-    health = host.json("health", "--deep")
+    health = host.json("health", "--deep", "--name", host.name)
     assert [instance["verdict"] for instance in health["instances"]] == ["ok"]
     [cache] = [layer for layer in health["instances"][0]["layers"] if layer["layer"] == "cache"]
     assert cache["evidence"]["writable"] is False
@@ -115,7 +115,7 @@ def test_a_changed_spec_must_show_as_drift_and_up_must_recreate_the_container(
     [before] = containers(engine, host)
     host.run("up")
     assert [c.id for c in containers(engine, host)] == [before.id]
-    [shown] = host.json("ps", "--set", "serve.max_queue=3")
+    [shown] = [one for one in host.json("ps", "--set", "serve.max_queue=3") if one["name"] == host.name]
     assert shown["drift"] == ["serve.max_queue: 16 -> 3"]
     host.run("up", "--set", "serve.max_queue=3")
     [after] = containers(engine, host)

@@ -272,8 +272,9 @@ def test_a_lost_worker_must_be_shown_and_its_return(visit, narrow):
 
     def shown():
         # The page looks every few seconds, and a worker may be back in three: each next one takes longer.
-        if narrow.state["phase"] == "ready":
-            os.kill(narrow.worker_pid, signal.SIGKILL)
+        state = narrow.state
+        if state["phase"] == "ready":
+            os.kill(state["workers"][0]["pid"], signal.SIGKILL)
         return visitor.at("state").get_attribute("data-phase") != "ready"
 
     eventually(shown, "the loss to be shown", timeout_s=60)

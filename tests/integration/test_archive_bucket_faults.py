@@ -1,6 +1,8 @@
 """A bucket that errs, stalls, cuts and corrupts must be retried or named, and never give or take a wrong byte."""
 
 import os
+import re
+import shutil
 import subprocess
 import sys
 import time
@@ -11,7 +13,7 @@ import pytest
 
 from tests.support.archives import FILES, make_snapshot, tree
 from tests.support.bucket_faults import PART, Scenario, Stage, hurried, play
-from tests.support.kills import kill_uploads
+from tests.support.kills import Work, kill_uploads
 from tests.support.s3 import BUCKET, SECRET, Proxy, serve_bucket, use_endpoint
 from tests.support.waiting import eventually
 from zops.archive import bucket as buckets
@@ -239,6 +241,75 @@ def test_a_killed_upload_must_be_removed_by_the_next_one_and_leave_no_archive(pr
     put(store)
     assert not uploads(server)
     assert store.read_range(NAME, 0, len(CONTENT)) == CONTENT
+
+
+@pytest.fixture
+def cut(proxy, store, server, tmp_path):
+    """A snapshot whose backup was killed when the bucket had its first three parts, and what its upload is called."""
+    snapshot = make_snapshot(tmp_path / "cache", {**FILES, "w.bin": os.urandom(6 * PART)})
+    for number in (4, 5, 6):
+        proxy.fail("stall", "PUT", f"partNumber={number}")
+
+    def sent():
+        key = next((upload["Key"] for upload in uploads(server)), None)
+        parts = server[1].list_parts(Bucket=BUCKET, Key=key, UploadId=uploads(server)[0]["UploadId"]) if key else {}
+        return {1, 2, 3} <= {part["PartNumber"] for part in parts.get("Parts", [])}
+
+    Work("backup", snapshot, store.location, "zstd").run_until(sent, "the bucket has three parts")
+    proxy.faults.clear()
+    proxy.requests.clear()
+    upload = uploads(server)[0]
+    yield snapshot, {"Bucket": BUCKET, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+    assert uploads(server) == []
+
+
+def sent_again(proxy):
+    numbers = (re.search(r"partNumber=(\d+)", path) for method, path, _ in proxy.requests if method == "PUT")
+    return {int(number[1]) for number in numbers if number}
+
+
+def test_a_killed_upload_must_be_gone_on_with_at_the_first_part_that_is_missing(proxy, store, cut, tmp_path):
+    result = backup([cut[0]], store)
+    assert sent_again(proxy) == {4, 5, 6, 7}
+    assert result.resumed_size == 3 * PART
+    assert cut[1]["Key"].endswith(result.name)
+    assert tree(restore(result.location, tmp_path / "back").snapshots[0].path) == tree(cut[0])
+
+
+def test_a_part_that_the_bucket_has_with_other_bytes_must_be_sent_again(proxy, store, server, cut, tmp_path):
+    server[1].upload_part(**cut[1], PartNumber=2, Body=bytes(PART))
+    result = backup([cut[0]], store)
+    assert sent_again(proxy) == {2, 4, 5, 6, 7}
+    assert result.resumed_size == 2 * PART
+    assert tree(restore(result.location, tmp_path / "back").snapshots[0].path) == tree(cut[0])
+
+
+def test_a_killed_upload_must_not_be_gone_on_with_when_another_thing_is_backed_up(proxy, store, cut, tmp_path):
+    shutil.rmtree(tmp_path / "cache")
+    snapshot = make_snapshot(tmp_path / "cache", {**FILES, "w.bin": os.urandom(6 * PART)})
+    result = backup([snapshot], store)
+    assert sent_again(proxy) == {1, 2, 3, 4, 5, 6, 7}
+    assert result.resumed_size == 0
+    assert tree(restore(result.location, tmp_path / "back").snapshots[0].path) == tree(snapshot)
+
+
+def test_a_killed_upload_that_the_bucket_forgot_must_begin_anew(proxy, store, server, cut, tmp_path):
+    server[1].abort_multipart_upload(**cut[1])
+    result = backup([cut[0]], store)
+    assert sent_again(proxy) == {1, 2, 3, 4, 5, 6, 7}
+    assert tree(restore(result.location, tmp_path / "back").snapshots[0].path) == tree(cut[0])
+
+
+def test_a_killed_upload_that_is_cleaned_away_must_not_be_gone_on_with(proxy, store, cut):
+    assert [left.name for left in store.clean()] == [cut[1]["Key"].rpartition("/")[2]]
+    assert list(store.resumable()) == []
+
+
+def test_what_a_killed_upload_had_sent_must_not_be_mixed_with_another_compression(proxy, store, cut, tmp_path):
+    result = backup([cut[0]], store, compression="gzip")
+    assert result.name.endswith(".tar.gz")
+    assert result.resumed_size == 0
+    assert tree(restore(result.location, tmp_path / "back").snapshots[0].path) == tree(cut[0])
 
 
 def test_a_backup_killed_at_any_moment_of_its_upload_must_leave_no_orphan_after_the_next(

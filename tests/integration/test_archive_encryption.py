@@ -176,6 +176,48 @@ def test_what_is_no_identity_must_be_refused_without_showing_it(tmp_path):
         assert "QQQQ" not in str(caught.value.as_json())
 
 
+@pytest.fixture(params=["openssh", "pem"])
+def locked(request, tmp_path):
+    """An SSH key with the passphrase "sesame", in the form of OpenSSH and in the older one."""
+    if request.param == "openssh":
+        pytest.importorskip("bcrypt")
+    kind = ["-t", "ed25519"] if request.param == "openssh" else ["-t", "rsa", "-b", "2048", "-m", "PEM"]
+    subprocess.run(["ssh-keygen", "-q", *kind, "-N", "sesame", "-f", tmp_path / "locked"], check=True)
+    return tmp_path / "locked", seal(b"secret", read_recipients([f"{tmp_path}/locked.pub"]))
+
+
+def test_an_ssh_key_must_be_unlocked_by_the_variable_or_by_who_is_asked(locked):
+    file, sealed = locked
+    asked = []
+
+    def ask(name):
+        asked.append(name)
+        return "sesame"
+
+    for keys in (
+        read_keys([file], environ={"ZOPS_IDENTITY_PASSPHRASE": "sesame"}, ask=ask),
+        read_keys([file], environ={}, ask=ask),
+    ):
+        assert keys.open(io.BytesIO(sealed), "x").read() == b"secret"
+    assert asked == [str(file)]
+
+
+@pytest.mark.parametrize(
+    ("environ", "why"), [({"ZOPS_IDENTITY_PASSPHRASE": "guess"}, "is wrong"), ({}, "none is given")]
+)
+def test_an_ssh_key_that_stays_locked_must_be_said_with_what_to_do(locked, environ, why):
+    with pytest.raises(UsageError) as caught:
+        read_keys([locked[0]], environ=environ)
+    assert why in caught.value.message
+    assert "ZOPS_IDENTITY_PASSPHRASE" in caught.value.hint
+    assert "guess" not in str(caught.value.as_json())
+
+
+def test_nobody_must_be_asked_for_a_key_without_a_passphrase(keys):
+    files = [keys["ed25519"][1], keys["age"][1]]
+    assert len(read_keys(files, environ={}, ask=lambda name: pytest.fail(f"asked for {name}")).identities) == 2
+
+
 def test_a_passphrase_must_come_from_a_file_or_the_environment_and_never_with_keys(keys, tmp_path, cheap):
     (tmp_path / "p").write_text("from the file\nnot this\n")
     sealed = seal(b"x", [read_passphrase(tmp_path / "p", {"ZOPS_PASSPHRASE": "other"})])

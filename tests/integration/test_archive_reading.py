@@ -196,9 +196,11 @@ def test_what_the_record_does_not_prove_must_be_restored_anew(tmp_path, change):
     if change == "touched":
         victim.write_bytes(wrong)
     elif change == "replaced":
-        victim.unlink()
-        victim.write_bytes(wrong)
-        os.utime(victim, ns=(0, json.loads(lines[-1])["stat"][1]))
+        # Made beside it: once the old one is gone, the file system may give its inode to the new one.
+        other = victim.with_name("other")
+        other.write_bytes(wrong)
+        os.utime(other, ns=(0, json.loads(lines[-1])["stat"][1]))
+        other.rename(victim)
     elif change == "unrecorded":
         record.write_text("\n".join(lines[:-1]) + "\n")
         victim.write_bytes(wrong)

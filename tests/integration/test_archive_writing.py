@@ -19,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.support.archives import FILES, MODEL, REVISION, make_snapshot, tree, vouch
+from tests.support.waiting import eventually
 from zops.archive import resume
 from zops.archive.backup import Earlier, backup
 from zops.archive.format import ALIGNMENT, CHUNK, SUFFIXES, Base, Index
@@ -175,8 +176,12 @@ class Stream:
     def exists(self, name: str) -> bool:
         return name in self.written
 
+    def resumable(self):
+        return iter(())
+
     @contextlib.contextmanager
-    def open_writer(self, name, *, size=0):
+    def open_writer(self, name, *, size=0, plan=None):
+        assert plan["id"]
         taken = bytearray()
 
         class Taking:
@@ -379,6 +384,20 @@ def test_a_leftover_of_something_else_must_be_removed_and_not_gone_on_with(tmp_p
     assert result.resumed_size == 0
     assert [path.name for path in store.iterdir()] == [result.name]
     verify_archive(result.location)
+
+
+def test_a_leftover_must_not_be_gone_on_with_in_another_compression(tmp_path):
+    snapshot = make_snapshot(tmp_path / "cache", {**FILES, "b.bin": NOISE})
+    store = tmp_path / "store"
+    with backing_up(snapshot, store, "zstd", 0, 40e6) as process:
+        eventually(lambda: list(store.glob(".*.plan")) or process.poll() is not None, "the progress is noted")
+        process.kill()
+    assert len(list(store.glob(".*.plan"))) == 1
+    result = backup([snapshot], DirectoryStore(store), compression="gzip")
+    assert result.resumed_size == 0
+    assert [path.name for path in store.iterdir()] == [result.name]
+    verify_archive(result.location)
+    assert without_ours(tree(extracted(Path(result.location), tmp_path / "back"))) == tree(tmp_path / "cache")
 
 
 def test_a_journal_that_was_cut_must_count_as_far_as_it_goes(tmp_path):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.archives import MODEL, make_snapshot
+
 HEAVY = ("torch", "diffusers", "transformers", "accelerate", "fastapi")
 
 
@@ -34,6 +36,18 @@ def test_help_must_import_nothing_but_click_and_the_frame() -> None:
     ours = {name for name in loaded if name.startswith("zops")}
     assert ours == {"zops", "zops.cli", "zops.cli.main", "zops.cli.output", "zops.errors", "zops.events"}
     assert not {"rich", "pydantic", "yaml", "docker", "numpy", "modelscope", "huggingface_hub", "zstandard"} & loaded
+
+
+def test_a_backup_must_import_only_what_it_needs_before_it_reads_the_first_byte(tmp_path: Path) -> None:
+    make_snapshot(tmp_path / "cache")
+    argv = ["cache", "backup", MODEL, "--cache-dir", str(tmp_path / "cache"), "--to", str(tmp_path / "store")]
+    loaded = modules_after(
+        f"import os\nos.chdir({str(tmp_path)!r})\nfrom zops.cli.main import run\n"
+        f"assert run({[*argv, '--compression', 'none', '--output', 'json']}) == 0"
+    )
+    assert list((tmp_path / "store").glob("*.tar"))
+    assert not {"yaml", "rich", "docker", "numpy", "tenacity", "modelscope", "huggingface_hub", "obstore"} & loaded
+    assert not {"cryptography", "zstandard", "zops.cache.hubs", "zops.archive.reader", "zops.archive.restore"} & loaded
 
 
 def test_no_command_of_the_host_side_must_import_torch() -> None:

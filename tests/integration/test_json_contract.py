@@ -51,7 +51,7 @@ CALLS = [
     ("down", "down"),
 ]
 # Needs an engine, a GPU, leftovers, or has the specification's own keys; held by tests of their own.
-ELSEWHERE = {"image build", "config show", "doctor --capacity", "archive clean"}
+ELSEWHERE = {"image build", "config show", "doctor --capacity", "archive clean", "watch"}
 
 
 def fields(body: Any, path: str = "") -> Iterator[str]:

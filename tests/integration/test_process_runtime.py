@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from tests.support.host import free_port
 from tests.support.instances import deployment
 from tests.support.waiting import eventually
-from zops.errors import HostShort, LockHeld, ZopsError
+from zops.errors import HostShort, LockHeld, RuntimeUnreachable, ZopsError
 from zops.events import Event, Warned, silent
 from zops.host.paths import state_dir
 from zops.runtime.base import Deployment, drift
@@ -285,12 +286,32 @@ def test_a_gpu_that_the_host_does_not_have_must_be_refused(make_runtime, tmp_pat
     assert not place().exists()
 
 
-def test_two_commands_at_once_must_not_start_two(make_runtime, wanted: Deployment, monkeypatch) -> None:
-    monkeypatch.setattr("zops.runtime.process.LOCK_TIMEOUT_S", 0.1)
-    runtime = make_runtime()
-    with runtime._locked("demo", silent), pytest.raises(LockHeld):
-        make_runtime().up(wanted, silent)
-    assert not place().exists()
+def test_two_commands_at_once_must_not_start_two(make_runtime, wanted: Deployment) -> None:
+    waits, may_go = threading.Event(), threading.Event()
+
+    def deploy() -> None:
+        with make_runtime().claim("demo", silent):
+            waits.set()
+            may_go.wait(30)
+
+    other = threading.Thread(target=deploy)
+    other.start()
+    assert waits.wait(10)
+    for heal in ("restart", "recreate", "stop"):
+        with pytest.raises(LockHeld):
+            getattr(make_runtime(), heal)("demo", silent)
+    told: list[Event] = []
+
+    def report(event: Event) -> None:
+        told.append(event)
+        if isinstance(event, Warned):
+            assert not place().exists()
+            may_go.set()
+
+    make_runtime().up(wanted, report)
+    other.join(10)
+    assert isinstance(told[0], Warned)
+    assert "waiting for" in told[0].text
 
 
 def test_a_state_directory_that_cannot_be_written_must_be_named(make_runtime, wanted, tmp_path, monkeypatch) -> None:
@@ -361,3 +382,136 @@ def test_the_state_directory_must_follow_its_variables(tmp_path: Path, monkeypat
     assert state_dir({}) == Path.home() / ".local" / "state" / "zops"
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     assert state_dir({"XDG_STATE_HOME": "/x"}) == Path("/var/lib/zops")
+
+
+# --- healing
+
+
+def started(runtime: ProcessRuntime, wanted: Deployment) -> Identity:
+    """Bring it up and wait until it listens to signals."""
+    runtime.up(wanted, silent)
+    eventually(lambda: lines(runtime, "environment"), "the server's first line")
+    return child_of()
+
+
+def test_a_restart_must_start_the_same_once_more(make_runtime, wanted: Deployment) -> None:
+    runtime = make_runtime()
+    child = started(runtime, wanted)
+    before, record = runtime.find("demo"), (place() / "instance.json").read_text()
+    after = runtime.restart("demo", silent)
+    assert not child.alive
+    assert (after.state, after.id != before.id) == ("running", True)
+    assert (place() / "instance.json").read_text() == record
+    assert drift(wanted, after) == []
+    assert lines(runtime, "stopping"), "it was not asked to stop"
+
+
+@pytest.mark.parametrize("hung", ["stopped", "stubborn"])
+def test_a_restart_must_kill_what_hangs_within_the_grace(make_runtime, wanted: Deployment, hung: str) -> None:
+    runtime = make_runtime("stubborn")
+    child = started(runtime, wanted)
+    if hung == "stopped":
+        os.kill(child.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    after = runtime.restart("demo", silent, grace_s=0.2)
+    assert time.monotonic() - began < 10, "it got the grace that it was made with"
+    assert not child.alive
+    assert after.state == "running"
+    runtime.stop("demo", silent, grace_s=0.1)
+
+
+def test_a_stopped_process_must_stay_so_until_it_is_started(make_runtime, wanted: Deployment) -> None:
+    runtime = make_runtime()
+    child = started(runtime, wanted)
+    stopped = runtime.stop("demo", silent)
+    assert (stopped.state, stopped.exit_code, child.alive) == ("exited", 0, False)
+    assert make_runtime().find("demo").state == "exited"
+    assert runtime.restart("demo", silent).state == "running"
+    assert runtime.stop("demo", silent).state == "exited"
+    assert runtime.up(wanted, silent).state == "running"
+
+
+def test_a_process_that_was_killed_to_be_stopped_must_tell_so(make_runtime, wanted: Deployment) -> None:
+    runtime = make_runtime("stubborn")
+    started(runtime, wanted)
+    assert runtime.stop("demo", silent, grace_s=0.1).exit_code == 128 + signal.SIGKILL
+
+
+@pytest.mark.parametrize("act", ["restart", "recreate", "stop"])
+def test_what_is_not_there_must_not_be_healed(make_runtime, act: str) -> None:
+    with pytest.raises(ZopsError) as raised:
+        getattr(make_runtime(), act)("demo", silent)
+    assert raised.value.code == "instance-missing"
+    assert not place().exists()
+
+
+# --- questions from inside
+
+ANSWERER = """
+import http.server, os, sys, time
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_POST(self):
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if body == b"slow":
+            time.sleep(30)
+        while body == b"drip":
+            self.wfile.write(b"HTTP/1.1 200 OK\\r\\nContent-Length: 99999\\r\\n\\r\\n")
+            self.wfile.flush()
+            time.sleep(0.1)
+        said = b"\\n".join([self.path.encode(), self.headers["Authorization"].encode(), body, bytes(range(256))])
+        self.send_response(418)
+        self.send_header("Content-Length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
+server = http.server.ThreadingHTTPServer(("127.0.0.1", int(os.environ["ZOPS_SERVE_PORT"])), Handler)
+print("listens", flush=True)
+server.serve_forever()
+"""
+
+
+@pytest.fixture
+def answering(make_runtime, tmp_path: Path, wanted: Deployment) -> ProcessRuntime:
+    (tmp_path / "answerer.py").write_text(ANSWERER)
+    runtime = ProcessRuntime(argv=(sys.executable, str(tmp_path / "answerer.py")))
+    runtime.up(wanted, silent)
+    eventually(lambda: lines(runtime, "listens"), "the socket")
+    return runtime
+
+
+def test_a_question_must_arrive_as_it_was_put_and_its_answer_byte_by_byte(answering: ProcessRuntime) -> None:
+    status, body = answering.ask("demo", "POST", "/v1/x?y=1", b"words", timeout_s=20, key="zk-1")
+    assert status == 418
+    assert body == b"/v1/x?y=1\nBearer zk-1\nwords\n" + bytes(range(256))
+
+
+@pytest.mark.parametrize("body", [b"slow", b"drip"])
+def test_a_question_without_an_end_of_its_answer_must_end_in_time(answering: ProcessRuntime, body: bytes) -> None:
+    began = time.monotonic()
+    with pytest.raises(RuntimeUnreachable) as raised:
+        answering.ask("demo", "POST", "/", body, timeout_s=0.5)
+    assert raised.value.code == "instance-timeout"
+    assert time.monotonic() - began < 5
+
+
+def test_a_question_where_nobody_listens_must_say_so(make_runtime, wanted: Deployment) -> None:
+    runtime = make_runtime()
+    runtime.up(wanted, silent)
+    with pytest.raises(RuntimeUnreachable) as raised:
+        runtime.ask("demo", "GET", "/livez", timeout_s=5)
+    assert raised.value.code == "instance-unreachable"
+    assert "refused" in raised.value.message
+    with pytest.raises(ZopsError) as missing:
+        runtime.ask("other", "GET", "/livez", timeout_s=5)
+    assert missing.value.code == "instance-missing"
+
+
+def test_what_asks_must_import_little() -> None:
+    code = "import sys, zops.serving.ask; print(*(m for m in sys.modules if m.startswith('zops')))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )
+    assert set(done.stdout.split()) == {"zops", "zops.serving", "zops.serving.ask"}

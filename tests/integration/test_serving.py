@@ -162,6 +162,18 @@ def test_info_must_tell_the_same_as_readiness(served):
     assert info == {k: v for k, v in served.state.items() if k != "status"}
 
 
+def test_readiness_must_tell_that_the_snapshot_on_the_disk_is_the_one_that_is_served(served):
+    state = eventually(lambda: served.state if served.state["snapshot"] else None, "a look at the disk")
+    assert state["snapshot"] == {"manifest_digest": state["manifest_digest"], "writable": True, "error": ""}
+
+
+def test_the_pictures_that_were_made_must_be_counted(served):
+    before = served.state["queue"]["made"]
+    served.generate(n=2)
+    after = served.state["queue"]
+    assert (after["made"], after["oldest_s"], after["idle_s"]) == (before + 2, None, None)
+
+
 def test_the_http_process_must_not_have_torch_and_the_worker_must(served):
     def mapped(pid):
         return "libtorch" in Path(f"/proc/{pid}/maps").read_text()

@@ -163,7 +163,7 @@ def test_a_killed_worker_must_cost_no_request_and_be_replaced(narrow):
 
 
 def test_a_worker_that_hangs_must_be_killed_after_the_deadline_and_replaced(launch):
-    server = launch(ZOPS_SERVE_REQUEST_TIMEOUT_S="4").wait_ready()
+    server = launch(ZOPS_SERVE_REQUEST_TIMEOUT_S="6").wait_ready()
     first = server.worker_pid
     os.kill(first, signal.SIGSTOP)
     answer = server.generate()

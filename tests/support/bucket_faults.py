@@ -9,10 +9,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import ModuleType
 
 from tests.support.archives import tree
 from tests.support.s3 import Proxy
-from zops.archive import bucket
+from zops.archive import bucket, signed
 from zops.archive.backup import backup
 from zops.archive.restore import restore
 from zops.archive.store import Store
@@ -56,19 +57,22 @@ def scenarios() -> Iterator[Scenario]:
 def hurried() -> Iterator[None]:
     """Let the bucket's client lose patience in seconds."""
     backoff = {"init_backoff": timedelta(milliseconds=5), "max_backoff": timedelta(milliseconds=20), "base": 2}
-    changes = {
-        "PART": PART,
-        "_CLIENT": {"connect_timeout": "2s", "read_timeout": "700ms", "timeout": "5s"},
-        "_RETRY": {"max_retries": 2, "retry_timeout": timedelta(seconds=10), "backoff": backoff},
+    changes: dict[tuple[ModuleType, str], object] = {
+        (bucket, "PART"): PART,
+        (bucket, "_CLIENT"): {"connect_timeout": "2s", "read_timeout": "700ms", "timeout": "5s"},
+        (bucket, "_RETRY"): {"max_retries": 2, "retry_timeout": timedelta(seconds=10), "backoff": backoff},
+        (signed, "TIMEOUT_S"): 0.7,
+        (signed, "RETRIES"): 2,
+        (signed, "BACKOFF_S"): 0.005,
     }
-    before = {name: getattr(bucket, name) for name in changes}
-    for name, value in changes.items():
-        setattr(bucket, name, value)
+    before = {(module, name): getattr(module, name) for module, name in changes}
+    for (module, name), value in changes.items():
+        setattr(module, name, value)
     try:
         yield
     finally:
-        for name, value in before.items():
-            setattr(bucket, name, value)
+        for (module, name), value in before.items():
+            setattr(module, name, value)
 
 
 @dataclass(frozen=True)

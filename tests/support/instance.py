@@ -60,6 +60,7 @@ class Behaviour:
     info: dict[str, Any] = field(
         default_factory=lambda: {"model": "zops/synthetic-tiny", "manifest_digest": DIGEST, "device": "cpu"}
     )
+    """What it says of itself in /v1/zops/info and /readyz: as little as the oldest servers do."""
     image: Callable[[int, int], bytes] = picture
     refusal: tuple[int, Any] | None = None
     hang: set[str] = field(default_factory=set)
@@ -68,6 +69,10 @@ class Behaviour:
     """Paths that are answered a byte at a time, for ever."""
     raw: dict[str, bytes] = field(default_factory=dict)
     """Paths that are answered with these bytes and status 200."""
+    receipt: dict[str, Any] = field(default_factory=lambda: {"forwards": 8, "batch_size": 1})
+    """What the receipt of every image says beside its seed."""
+    on_request: dict[str, Callable[[], object]] = field(default_factory=dict)
+    """What happens when a path is asked for, before it is answered."""
     requests: list[tuple[str, Any]] = field(default_factory=list)
     over: threading.Event = field(default_factory=threading.Event)
 
@@ -91,6 +96,7 @@ def running(port: int = 0) -> Iterator[tuple[str, Behaviour]]:
 
         def answer(self, body: Any) -> None:
             behaviour.requests.append((self.path, body))
+            behaviour.on_request.get(self.path, lambda: None)()
             if self.path in behaviour.hang:
                 behaviour.over.wait(30)
                 self.close_connection = True
@@ -135,7 +141,7 @@ def route(behaviour: Behaviour, path: str, body: Any) -> tuple[int, Any]:
     if path == "/livez":
         return behaviour.live, {"status": "live"}
     if path == "/readyz":
-        return behaviour.ready, behaviour.readiness
+        return behaviour.ready, behaviour.info | behaviour.readiness
     if path == "/v1/zops/info":
         return 200, behaviour.info
     if path != "/v1/images/generations":
@@ -147,7 +153,10 @@ def route(behaviour: Behaviour, path: str, body: Any) -> tuple[int, Any]:
     width, height = (int(edge) for edge in body.get("size", "64x64").split("x"))
     seeds = range(body.get("seed", 1), body.get("seed", 1) + body.get("n", 1))
     data = [
-        {"b64_json": base64.b64encode(behaviour.image(width, height)).decode(), "receipt": {"seed": seed}}
+        {
+            "b64_json": base64.b64encode(behaviour.image(width, height)).decode(),
+            "receipt": behaviour.receipt | {"seed": seed},
+        }
         for seed in seeds
     ]
     return 200, {"created": 0, "data": data}

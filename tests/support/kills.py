@@ -16,6 +16,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from tests.support.archives import MODEL, REVISION, make_snapshot, tree
+from tests.support.waiting import eventually
 from zops.archive.backup import BackupResult, backup
 from zops.archive.format import Compression
 from zops.archive.restore import restore, verify_archive
@@ -76,6 +77,15 @@ class Work:
             process.send_signal(signal.SIGKILL)
         assert process.returncode in {0, -signal.SIGKILL}, f"{self._arguments} failed by itself"
         return process.returncode == -signal.SIGKILL
+
+    def run_until(self, moment: Callable[[], object], what: str) -> None:
+        """Run it and kill it as soon as something is the case."""
+        command = [sys.executable, "-c", _SCRIPT, *self._arguments]
+        with subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=ROOT) as process:
+            try:
+                eventually(moment, what)
+            finally:
+                process.kill()
 
     def seconds(self) -> float:
         """Run it to its end and return how long it works, its start apart."""
@@ -154,8 +164,8 @@ def kill_uploads(
             kills.killed += Work("backup", snapshot, location, "zstd").run(moment)
             what = f"upload, killed after {moment:.3f} s"
             _check_listed(store, kills, what)
-            kills.resumed += uploads() > 0
             result = _back_up_again(snapshot, store)
+            kills.resumed += result.resumed_size > 0
             _check_equal(result.location, snapshot, scratch / "back", kills, what)
             if uploads():
                 kills.wrong.append(f"{what}: {uploads()} unfinished uploads left behind")

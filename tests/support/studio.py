@@ -65,8 +65,11 @@ class ScriptedScheduler:
             "dtype": "float32",
             "versions": {},
             "workers": [],
-            "queue": {"waiting": 0, "running": 0, "limit": 16},
+            "queue": self.queue_facts(),
         }
+
+    def queue_facts(self):
+        return {"waiting": 0, "running": 0, "limit": 16, "oldest_s": None, "idle_s": None, "made": 0}
 
     def submit(self, shape, pictures, client=""):
         if self.refusal:

@@ -105,7 +105,8 @@ def test_more_files_than_may_be_open_at_once_must_be_hashed(tmp_path: Path) -> N
     for path in paths.values():
         path.write_bytes(b"x")
     limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (100, limits[1]))
+    held = max(int(path.name) for path in Path("/proc/self/fd").iterdir())
+    resource.setrlimit(resource.RLIMIT_NOFILE, (held + 80, limits[1]))
     try:
         found = digest_files(paths, ("sha256",), silent, "")
     finally:

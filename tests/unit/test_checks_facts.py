@@ -239,9 +239,23 @@ def test_a_speed_must_be_that_of_the_preset_which_is_served():
         ({"build": False}, ""),
     ],
 )
-def test_the_cuda_of_the_image_must_be_told_only_where_it_is_known(tmp_path, image, cuda):
+def test_the_cuda_of_the_image_must_be_told_only_where_it_is_known(tmp_path, image, cuda, monkeypatch):
+    monkeypatch.setattr("zops.health.needs.read_labels", lambda *_: {})
     spec = Spec.model_validate({"cache": {"dir": tmp_path}, "image": image})
     assert needs(spec, {}).torch_cuda == cuda
+
+
+@pytest.mark.parametrize("image", [{}, {"build": False}, {"torch_index": "https://wheels.example/whl/cpu/"}])
+def test_what_an_image_says_of_itself_must_come_first(tmp_path, image, monkeypatch):
+    labels = {"io.zops.torch": "2.12.0+cu126", "io.zops.torch.cuda": "12.6"}
+    monkeypatch.setattr("zops.health.needs.read_labels", lambda *_: labels)
+    need = needs(Spec.model_validate({"cache": {"dir": tmp_path}, "image": image}), {})
+    assert (need.torch_cuda, need.torch_from) == ("12.6", f"torch 2.12.0+cu126 of {Spec().image.name}")
+
+
+def test_an_engine_that_does_not_answer_must_leave_what_the_specification_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_HOST", f"unix://{tmp_path}/none.sock")
+    assert needs(Spec.model_validate({"cache": {"dir": tmp_path}}), {}).torch_cuda == "13.0"
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from zops import errors
 from zops.cli.doctor import WARNED
 from zops.cli.main import COMMANDS, INTERRUPTED, cli
 from zops.errors import ZopsError
+from zops.health.verdict import CODES, LAYERS
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -77,6 +78,33 @@ def test_every_error_code_must_be_documented_and_no_other() -> None:
     documented = set(re.findall(r"^\| `([a-z0-9-]+)` \|", page, re.MULTILINE))
     assert codes() - documented == set()
     assert documented - codes() == set()
+
+
+def test_every_code_of_a_probe_must_be_documented_with_its_layer_and_no_other() -> None:
+    page = (ROOT / "docs" / "how-to" / "check-health.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| `([a-z-]+)` \| ([a-z, ]+) \| .+ \| .+ \|$", page, re.MULTILINE)
+    assert {code for code, _ in rows} == set(CODES)
+    assert {layer for _, layers in rows for layer in layers.split(", ")} == set(LAYERS)
+
+
+def test_every_code_of_a_probe_must_be_given_somewhere_and_no_unknown_one() -> None:
+    sources = [path for path in (ROOT / "zops" / "health").glob("*.py") if path.name != "verdict.py"]
+    texts = "".join(path.read_text(encoding="utf-8") for path in sources)
+    assert {code for code in CODES if f'"{code}"' not in texts} == set()
+    called = set(re.findall(r'(?:failed|degraded|judge)\(\s*"[a-z]+",\s*"([a-z-]+)"', texts))
+    assert len(called) > 12
+    assert called <= set(CODES)
+
+
+def test_every_metric_of_health_must_be_documented() -> None:
+    page = (ROOT / "docs" / "how-to" / "check-health.md").read_text(encoding="utf-8")
+    documented = set(re.findall(r"`([a-z_]+)`", page))
+    source = (ROOT / "zops" / "health" / "formats.py").read_text(encoding="utf-8")
+    metrics = set(re.findall(r'Metric\("([a-z_]+)"', source)) | set(
+        re.findall(r'^        "([a-z_]+)": \(', source, re.MULTILINE)
+    )
+    assert len(metrics) > 15
+    assert metrics - documented == set()
 
 
 def test_every_error_class_must_stand_in_the_tree_at_the_top_of_its_module() -> None:

@@ -31,3 +31,12 @@ def test_a_dry_plan_must_be_given_only_what_refuses_and_a_real_one_only_what_act
     assert type(real.hands) is Hands
     assert not isinstance(real.runtime, ReadOnly)
     assert [step.name for step in dry.steps()] == [step.name for step in real.steps()]
+
+
+@pytest.mark.parametrize("kind", ["docker", "process", "kubernetes"])
+def test_every_write_of_a_runtime_must_be_refused_in_a_dry_run(tmp_path, kind: str) -> None:
+    runtime = plan(load(environ={"ZOPS_RUNTIME": kind}, directory=tmp_path), dry_run=True).runtime
+    for name in ("up", "down", "obtain_image", "claim", "restart", "recreate", "stop"):
+        with pytest.raises(WriteRefused, match=name):
+            getattr(runtime, name)
+    assert callable(runtime.ask)

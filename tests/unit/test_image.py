@@ -13,7 +13,7 @@ from zops.errors import HostShort, SourceFailed, SpecError, ZopsError
 from zops.events import Finished, Started
 from zops.runtime import image as building
 from zops.runtime.buildkit import Builder, read_steps, reason
-from zops.runtime.image import DOCKERFILE, WHEELS, assemble, assets, build_arguments, build_image
+from zops.runtime.image import DOCKERFILE, WHEELS, _with_torch, assemble, assets, build_arguments, build_image
 from zops.spec import Image
 
 ROOT = Path(__file__).parents[2]
@@ -156,32 +156,34 @@ def test_the_same_inputs_must_give_the_same_arguments(tmp_path):
     for name in ("first", "second"):
         (tmp_path / name).mkdir()
         assemble(tmp_path / name, Image())
-        made.append([a.replace(str(tmp_path / name), "") for a in build_arguments(tmp_path / name, Image(), "i", {})])
+        made.append([a.replace(str(tmp_path / name), "") for a in build_arguments(tmp_path / name, Image(), {})])
     assert made[0] == made[1]
 
 
 def test_the_moment_of_reproducible_builds_must_win(context):
     (context / "file").touch()
-    arguments = build_arguments(context, Image(), "i", {"SOURCE_DATE_EPOCH": "86400"})
+    arguments = build_arguments(context, Image(), {"SOURCE_DATE_EPOCH": "86400"})
     assert "--build-arg=CREATED=1970-01-02T00:00:00Z" in arguments
 
 
 def test_a_proxy_with_a_password_must_not_be_in_the_arguments(context):
     (context / "file").touch()
-    arguments = build_arguments(context, Image(), "i", {"https_proxy": "http://me:secret@proxy:3128"})
+    arguments = build_arguments(context, Image(), {"https_proxy": "http://me:secret@proxy:3128"})
     assert "--build-arg=https_proxy" in arguments
     assert "secret" not in " ".join(arguments)
 
 
 def test_the_ca_must_be_a_secret_and_no_build_argument(context):
     (context / "file").touch()
-    arguments = build_arguments(context, Image(ca=Path("/some/ca.crt")), "i", {})
+    arguments = build_arguments(context, Image(ca=Path("/some/ca.crt")), {})
     assert [a for a in arguments if "ca.crt" in a] == ["--secret=id=ca,src=/some/ca.crt"]
 
 
-def test_the_arguments_must_name_only_what_the_dockerfile_takes(context):
+def test_the_arguments_must_name_only_what_the_dockerfile_takes(context, tmp_path):
     (context / "file").touch()
-    given = {a.split("=")[1] for a in build_arguments(context, Image(), "i", {}) if a.startswith("--build-arg")}
+    (tmp_path / "torch.txt").write_text("2.13.0+cu130 13.0\n")
+    arguments = build_arguments(context, Image(), {}) + _with_torch(str(tmp_path))
+    given = {a.split("=")[1] for a in arguments if a.startswith("--build-arg")}
     assert given == set(re.findall(r"^ARG (\w+)", (ROOT / DOCKERFILE).read_text(), re.MULTILINE))
 
 

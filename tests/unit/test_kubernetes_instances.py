@@ -2,7 +2,10 @@
 
 import pytest
 
-from zops.runtime.kubernetes import _reason, read_instances
+from zops.errors import UsageError
+from zops.events import silent
+from zops.runtime.kubernetes import KubernetesRuntime, _reason, read_instances
+from zops.spec import Spec
 
 RUNNING = {"name": "serve", "state": {"running": {}}, "restartCount": 0, "started": True, "ready": True}
 
@@ -82,3 +85,14 @@ def test_a_container_that_ended_and_waits_must_be_restarting():
 )
 def test_the_reason_must_be_kubectls_own_line(stderr, reason):
     assert _reason(stderr) == reason
+
+
+@pytest.mark.parametrize("act", ["restart", "recreate", "stop", "ask"])
+def test_healing_must_be_left_to_the_cluster_with_the_command_for_it(act: str) -> None:
+    runtime = KubernetesRuntime(Spec(runtime="kubernetes"))
+    call = getattr(runtime, act)
+    with pytest.raises(UsageError) as raised:
+        call("demo", "GET", "/livez", timeout_s=1) if act == "ask" else call("demo", silent)
+    assert raised.value.code == "cluster-heals"
+    assert "kubectl -n zops" in raised.value.hint
+    assert "demo" in raised.value.hint

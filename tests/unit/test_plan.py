@@ -1,8 +1,11 @@
 """A plan looks before it acts, stops at the first failure, and says how to go on."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 
-from zops.errors import HostShort
+from zops.errors import HostShort, ZopsError
 from zops.events import Report, silent
 from zops.provision.plan import Look, Step, run
 
@@ -42,3 +45,45 @@ def test_a_failing_step_must_stop_the_plan_with_its_name_the_remedy_and_the_way_
     assert caught.value.message == "step b failed: port 8000 is taken"
     assert caught.value.hint == "free it; then go on with: zops provision"
     assert caught.value.details["step"] == "b"
+
+
+def claims(held: list[str]):
+    @contextmanager
+    def claim() -> Iterator[None]:
+        held.append("claimed")
+        try:
+            yield
+        finally:
+            held.append("let go")
+
+    return claim
+
+
+def test_the_claim_must_be_held_from_the_first_claimed_step_to_the_last() -> None:
+    done: list[str] = []
+
+    def one(name: str, *, claimed: bool) -> Step:
+        return Step(name, lambda: Look(done=False, reason=""), lambda _: done.append(name) or "", claimed=claimed)
+
+    steps = [
+        one("pull", claimed=False),
+        one("image", claimed=True),
+        one("up", claimed=True),
+        one("canary", claimed=False),
+    ]
+    list(run(steps, silent, claim=claims(done)))
+    assert done == ["pull", "claimed", "image", "up", "let go", "canary"]
+
+
+def test_the_claim_must_be_let_go_after_a_failure_and_not_be_taken_by_a_dry_run() -> None:
+    held: list[str] = []
+
+    def fail(_report) -> str:
+        raise ZopsError("no")
+
+    step = Step("up", lambda: Look(done=False, reason=""), fail, claimed=True)
+    list(run([step], silent, dry_run=True, claim=claims(held)))
+    assert held == []
+    with pytest.raises(ZopsError):
+        list(run([step], silent, claim=claims(held)))
+    assert held == ["claimed", "let go"]

@@ -17,7 +17,7 @@ from zops.runtime.select import open_local_runtimes, open_runtime
 from zops.spec import Spec
 
 RUNTIMES = (DockerRuntime, ProcessRuntime, KubernetesRuntime)
-READS = {"check", "instances", "find", "has_image", "logs"}
+READS = {"check", "instances", "find", "has_image", "logs", "ask"}
 
 
 def public_methods(runtime: type) -> set[str]:

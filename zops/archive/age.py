@@ -8,15 +8,15 @@ archive is checked and restored by the same code as any other: index first, then
 import base64
 import hashlib
 import hmac
-import io
 import os
 import threading
 from abc import ABC, abstractmethod
 from binascii import Error as Base64Error
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
+from zops.archive.ranged import RangedFile
 from zops.errors import ArchiveDamaged
 
 if TYPE_CHECKING:
@@ -118,7 +118,7 @@ class Sealer:
             self.size += len(sealed)
 
 
-class Opener(io.RawIOBase):
+class Opener(RangedFile):
     """What an encrypted stream says, readable at any place; every byte of it was authenticated before it is returned.
 
     Raises:
@@ -127,6 +127,7 @@ class Opener(io.RawIOBase):
     """
 
     def __init__(self, stream: BinaryIO, identities: Sequence[Identity]) -> None:
+        super().__init__()
         self._stream = stream
         # A bucket is asked for several ranges at once; anything else has but one place at which it is read.
         self._ranged: Callable[[int, int], bytes] | None = getattr(getattr(stream, "raw", None), "read_range", None)
@@ -143,30 +144,9 @@ class Opener(io.RawIOBase):
         if len(nonce) < _NONCE_SIZE or self.size < 0 or (self._chunks > 1 and self.size <= (self._chunks - 1) * CHUNK):
             raise _damaged("it is cut")
         self._cipher = _payload_cipher(file_key, nonce)
-        self._position = 0
         self.kinds = tuple(stanza.words[0] for stanza in stanzas)
         # The last chunk proves that nothing was cut off behind it.
         self.read_range(max(0, self.size - 1), self.size)
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        data = self.read_range(self._position, self._position + len(buffer))
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
     def close(self) -> None:
         """Close the stream below too."""

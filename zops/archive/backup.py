@@ -19,11 +19,9 @@ from zops.archive.plan import Earlier, Source, root_of
 from zops.archive.resume import Journal, Leftover
 from zops.archive.sinks import FileSink, Sink, open_sink
 from zops.archive.store import DirectoryStore, Store, Writer, join
-from zops.cache.hashing import digest_files
 from zops.cache.layout import Snapshot
 from zops.cache.lock import hold
-from zops.cache.manifest import require_verified, sidecar, stat_key
-from zops.cache.verify import require_manifest
+from zops.cache.manifest import Manifest, require_verified, sidecar, stat_key
 from zops.errors import UsageError
 from zops.events import Report, Task, silent, task
 
@@ -46,7 +44,7 @@ class BackupResult:
     stored_size: int = 0
     """Bytes of the files whose data is in this archive, not in an earlier one nor behind a link."""
     resumed_size: int = 0
-    """Bytes of the archive that an earlier, killed run had written."""
+    """Bytes of the archive that an earlier, killed run had written, or sent."""
     cloned: bool = False
     """Whether the archive shares the blocks of the snapshot's files."""
     mismatched: tuple[str, ...] = ()
@@ -99,7 +97,7 @@ def backup(
     with ExitStack() as locks:
         for path in sorted(set(paths)):
             locks.enter_context(_steady(path, report))
-        manifests = [require_manifest(path) if allow_mismatch else require_verified(path) for path in paths]
+        manifests = [_manifest_of(path, allow_mismatch=allow_mismatch) for path in paths]
         if len({root_of(manifest) for manifest in manifests}) != len(paths):
             raise UsageError("the same snapshot is to be backed up twice", hint="name it once")
         order = Order(paths, manifests, store, compression, earlier, limit, allow_mismatch)
@@ -117,10 +115,18 @@ def backup(
         files=sum(len(m.files) for m in manifests),
         digests=tuple(m.digest for m in manifests),
         stored_size=draft.plan.read_size,
-        resumed_size=leftover.size if leftover else 0,
+        resumed_size=written.resumed_size,
         cloned=order.share,
         mismatched=written.mismatched,
     )
+
+
+def _manifest_of(snapshot: Path, *, allow_mismatch: bool) -> Manifest:
+    if not allow_mismatch:
+        return require_verified(snapshot)
+    from zops.cache.verify import require_manifest  # noqa: PLC0415 - it knows the hubs, which no other backup asks for
+
+    return require_manifest(snapshot)
 
 
 def _steady(snapshot: Path, report: Report) -> AbstractContextManager[None]:
@@ -137,6 +143,7 @@ class _Writing:
 
     Attributes:
         size: of the archive in bytes, when it is done.
+        resumed_size: bytes of it that an earlier run had written or sent.
         found: SHA-256 in hex of the files that are not what their manifest says.
     """
 
@@ -146,6 +153,7 @@ class _Writing:
     progress: Task
     report: Report
     size: int = 0
+    resumed_size: int = 0
     found: dict[Source, str] = field(default_factory=dict)
 
     def run(self) -> "_Writing":
@@ -163,6 +171,9 @@ class _Writing:
                     sink.write(data)
                 sink.finish()
                 self.size = sink.position
+        # A bucket's writer tells what it did not have to send; it knows when it is done.
+        kept: int = getattr(writer, "kept_size", 0)
+        self.resumed_size = kept or (self.leftover.size if self.leftover else 0)
         return self
 
     @property
@@ -177,7 +188,14 @@ class _Writing:
             return store.open_writer(name, resume=True)
         # What closes an archive takes some hundred bytes a member and thirty a frame.
         closing_size = (1 << 20) + 1024 * len(self.draft.layout.items) + 64 * self.draft.piece_count
-        return store.open_writer(name, size=self.draft.layout.end + closing_size)
+        size = self.draft.layout.end + closing_size
+        return store.open_writer(name, size=size, plan=None if self.order.allow_mismatch else self._plan)
+
+    @property
+    def _plan(self) -> dict[str, str]:
+        """What a run must have in common with this one to go on with what it leaves."""
+        manifest = self.draft.manifest
+        return {"id": manifest.id, "created": manifest.created, "fingerprint": self.draft.fingerprint}
 
     @contextmanager
     def _journal(self) -> Iterator[Journal | None]:
@@ -185,9 +203,7 @@ class _Writing:
         if directory is None or self.order.share or self.order.allow_mismatch:
             yield None
             return
-        manifest = self.draft.manifest
-        header = {"id": manifest.id, "created": manifest.created, "fingerprint": self.draft.fingerprint}
-        journal = Journal(directory, self.draft.name, header, self.leftover)
+        journal = Journal(directory, self.draft.name, self._plan, self.leftover)
         try:
             yield journal
         finally:
@@ -237,6 +253,8 @@ class _Writing:
 
     def _hash_sources(self) -> None:
         """Hash the files whose blocks are shared; whoever changed one since it was looked at would be seen."""
+        from zops.cache.hashing import digest_files  # noqa: PLC0415 - only archives that share blocks pay for it
+
         sources = {item.member.name: item.source for item in self.draft.layout.items if item.source}
         if not self.order.trusted:
             text = f"hashing {len(sources)} files"

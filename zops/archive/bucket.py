@@ -4,7 +4,7 @@ import hashlib
 import io
 import re
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -15,9 +15,22 @@ import obstore.store
 
 from zops.archive.credentials import find_credentials
 from zops.archive.names import ArchiveInfo, listed, read_name
+from zops.archive.resume import Leftover as Resumable
+from zops.archive.signed import Bucket, BucketError, Client
 from zops.archive.store import NOTE, NOTE_LIMIT, Leftover, Writer, cut_off, join, not_found
-from zops.archive.transfer import READ_AHEAD, Forward, Outgoing, Ranges
-from zops.archive.uploads import Bucket, abort_upload, claimed, claims, list_uploads
+from zops.archive.transfer import READ_AHEAD, Forward, Outgoing, Ranges, Sent
+from zops.archive.uploads import (
+    Upload,
+    Word,
+    abort_upload,
+    begin_upload,
+    claimed,
+    claims,
+    complete_upload,
+    list_parts,
+    list_uploads,
+    put_part,
+)
 from zops.errors import SourceFailed, ZopsError
 
 Value = TypeVar("Value")
@@ -26,7 +39,6 @@ PART = 16 << 20
 """Bytes of a part of an upload, unless the archive needs larger ones. Four or five of them are in memory at once."""
 _PARTS = 9_000
 """S3 takes 10,000 parts of an object; a tenth is spare for archives that turn out larger than was thought."""
-_CONCURRENCY = 3
 LEFTOVER_AGE = timedelta(hours=24)
 """From then on an unfinished upload of another host counts as left behind: no backup takes a day."""
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "300s"}
@@ -57,8 +69,12 @@ class S3Store:
         return listed(self.location, entries)
 
     @contextmanager
-    def open_writer(self, name: str, *, size: int = 0) -> Iterator[Writer]:
-        """See `Store`: a multipart upload, completed at the end or aborted, and then compared with what was sent."""
+    def open_writer(self, name: str, *, size: int = 0, plan: Mapping[str, str] | None = None) -> Iterator[Writer]:
+        """See `Store`: a multipart upload, completed at the end or aborted, and then compared with what was sent.
+
+        An upload of the same plan that was killed on this host is gone on with: a part that the bucket has is not sent
+        again when the bucket calls it by the MD5 of the very bytes that would be sent.
+        """
         key = self._prefix + name
         if self.exists(name):
             raise SourceFailed(
@@ -66,31 +82,64 @@ class S3Store:
                 code="archive-exists",
                 hint="run the backup again",
             )
-        # Somebody else's leftovers, or a right that is lacking, must not keep a backup from being made.
-        with suppress(ZopsError):
-            self.clean()
-        part = max(PART, -(-size // _PARTS))
-
-        def put(items: Iterator[bytes]) -> str:
-            done = obstore.put(
-                self._client, key, items, use_multipart=True, chunk_size=part, max_concurrency=_CONCURRENCY
-            )
-            return (done["e_tag"] or "").strip('"')
-
-        with claimed(self._bucket, key):
-            upload = Outgoing(put, part, self._failed)
+        with claimed(self._bucket, key, plan) as word:
+            # Somebody else's leftovers, or a right that is lacking, must not keep a backup from being made.
+            with suppress(ZopsError):
+                self._clean(key, word)
+            client = Client(self._bucket)
+            with self._told():
+                upload, there = self._begin(client, key, word.upload)
+            word.note(upload)
+            outgoing = Outgoing(partial(self._put, client, key, upload), max(PART, -(-size // _PARTS)), there)
             try:
-                yield upload
+                yield outgoing
+                parts = outgoing.finish()
+                with self._told():
+                    etag = complete_upload(client, key, upload, [part.etag for part in parts])
             except BaseException:
-                upload.abort()
+                client.end()
+                outgoing.abort()
+                with suppress(ZopsError):
+                    abort_upload(self._bucket, Upload(key, upload, datetime.now(UTC)))
                 raise
-            etag = upload.finish()
             try:
-                self._compare(name, etag, upload.digests, upload.sizes)
+                self._compare(name, etag, parts)
             except BaseException:
                 with suppress(ZopsError):
                     self.delete(name)
                 raise
+
+    def _begin(self, client: Client, key: str, left: str) -> tuple[str, dict[int, tuple[str, int]]]:
+        """Return the upload to send parts to, and what it has of them: the one that was left, while there is one."""
+        if left:
+            try:
+                return left, {number: (part.etag, part.size) for number, part in list_parts(client, key, left).items()}
+            except BucketError as error:
+                if error.status in {0, 403}:
+                    raise
+        return begin_upload(client, key), {}
+
+    def _put(self, client: Client, key: str, upload: str, number: int, body: memoryview, md5: bytes) -> str:  # noqa: PLR0917 - bound but for the last three
+        with self._told():
+            return put_part(client, key, upload, number, body, md5)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        """Say in our words what failed in the block."""
+        try:
+            yield
+        except BucketError as error:
+            raise self._refused(str(error)) if error.status in {401, 403} else self._broken(str(error)) from None
+
+    def resumable(self) -> "Iterator[Resumable]":
+        """See `Store`: what killed processes of this host were uploading."""
+        for claim in claims(self._bucket):
+            name = claim.key.removeprefix(self._prefix)
+            plan = claim.plan
+            ours = claim.key.startswith(self._prefix) and read_name(name, 0, self.location) is not None
+            told = {"id", "created", "fingerprint"} <= plan.keys()
+            if ours and not claim.alive and told and not self.exists(name):
+                yield Resumable(name, plan["id"], plan["created"], plan["fingerprint"], 0, 0, ())
 
     def open_reader(self, name: str) -> BinaryIO:
         """See `Store`."""
@@ -155,14 +204,22 @@ class S3Store:
         Raises:
             SourceFailed: when the bucket does not tell of uploads.
         """
+        return self._clean(dry_run=dry_run)
+
+    def _clean(self, key: str = "", word: Word | None = None, *, dry_run: bool = False) -> tuple[Leftover, ...]:
+        """Clean for who has left word of a key: of its uploads only the one that is gone on with stays."""
         known = claims(self._bucket)
         dead, alive = ({claim.key for claim in known if claim.alive is state} for state in (False, True))
+        if word:
+            alive.discard(key)
+            dead |= {key} if word.orphaned else set()
         found = []
         for upload in list_uploads(self._bucket):
             name = upload.key.removeprefix(self._prefix)
             ours = upload.key.startswith(self._prefix) and read_name(name, 0, self.location) is not None
             old = datetime.now(UTC) - upload.began > LEFTOVER_AGE
-            if ours and upload.key not in alive and (upload.key in dead or old):
+            kept = upload.key in alive or (word is not None and upload.id == word.upload)
+            if ours and not kept and (upload.key in dead or old):
                 found.append(Leftover(name, 0, upload.began))
                 if not dry_run:
                     abort_upload(self._bucket, upload)
@@ -202,20 +259,21 @@ class S3Store:
             **place,  # type: ignore[arg-type] # as above
         )
 
-    def _compare(self, name: str, etag: str, digests: Sequence[bytes], sizes: Sequence[int]) -> None:
+    def _compare(self, name: str, etag: str, parts: Sequence[Sent]) -> None:
         """Compare what the bucket holds with what was sent.
 
         Where parts are not sealed with a key of the store's own, S3 and MinIO name an object by the MD5 of its parts'
         MD5s; that proves it. What another store calls it says nothing, so the archive is read back.
         """
-        joined = hashlib.md5(b"".join(digests), usedforsecurity=False).hexdigest()
-        if self.size(name) != sum(sizes):
+        joined = hashlib.md5(b"".join(part.md5 for part in parts), usedforsecurity=False).hexdigest()
+        found = self._call(lambda: obstore.head(self._client, self._prefix + name))
+        if found["size"] != sum(part.size for part in parts):
             raise self._corrupted(name)
-        if etag == f"{joined}-{len(digests)}":
+        if (etag or (found["e_tag"] or "").strip('"')) == f"{joined}-{len(parts)}":
             return
         start = 0
-        for digest, size in zip(digests, sizes, strict=True):
-            if hashlib.md5(self.read_range(name, start, start + size), usedforsecurity=False).digest() != digest:
+        for _, md5, size in parts:
+            if hashlib.md5(self.read_range(name, start, start + size), usedforsecurity=False).digest() != md5:
                 raise self._corrupted(name)
             start += size
 
@@ -254,11 +312,17 @@ class S3Store:
             return self._unprovided
         text = re.sub(r"\s+", " ", str(error).partition("\n\nDebug source")[0]).strip()[:_ERROR_LIMIT]
         if isinstance(error, obstore.exceptions.PermissionDeniedError | obstore.exceptions.UnauthenticatedError):
-            return SourceFailed(
-                f"{self.location} refused: {text}",
-                code="store-refused",
-                hint="look at the credentials and at what they may do",
-            )
+            return self._refused(text)
+        return self._broken(text)
+
+    def _refused(self, text: str) -> SourceFailed:
+        return SourceFailed(
+            f"{self.location} refused: {text}",
+            code="store-refused",
+            hint="look at the credentials and at what they may do",
+        )
+
+    def _broken(self, text: str) -> SourceFailed:
         return SourceFailed(
             f"{self.location} failed: {text}",
             code="store-failed",

@@ -12,7 +12,7 @@ from zops.archive.pieces import Layout
 from zops.archive.pipeline import wrong
 from zops.archive.plan import Source
 from zops.archive.tar import padding
-from zops.cache.source import clone
+from zops.cache.blocks import clone
 
 # ioctl number of FICLONERANGE, from linux/fs.h: _IOW(0x94, 13, struct file_clone_range).
 FICLONERANGE = 0x4020940D

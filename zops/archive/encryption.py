@@ -5,7 +5,7 @@ The format is age's (age.py, keys.py), so the age program opens our archives and
 
 import io
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,12 @@ from zops.archive.keys import BadKey, Passphrase, read_identities, read_recipien
 from zops.errors import UsageError
 
 if TYPE_CHECKING:
+    from zops.archive.resume import Leftover as Resumable
     from zops.archive.store import ArchiveInfo, Leftover, Store, Writer
 
 PASSPHRASE_VARIABLE = "ZOPS_PASSPHRASE"  # noqa: S105 - the name of the variable, not what is in it
+IDENTITY_PASSPHRASE_VARIABLE = "ZOPS_IDENTITY_PASSPHRASE"  # noqa: S105 - as above
+"""Holds the passphrase of SSH keys that are given as identities."""
 _FILE_LIMIT = 1 << 20
 # What is decrypted at once: enough that a request to a bucket is worth its time.
 _READ_AHEAD = 16 * CHUNK
@@ -60,8 +63,16 @@ def read_keys(
     identity_files: Sequence[str | Path] = (),
     passphrase_file: str | Path | None = None,
     environ: Mapping[str, str] = os.environ,
+    *,
+    ask: Callable[[str], str] | None = None,
 ) -> Keys:
     """Return the keys in these files and in the passphrase variable.
+
+    Args:
+        identity_files: files of keys.
+        passphrase_file: file of the passphrase by which archives are encrypted.
+        environ: the environment; one of its variables may hold the passphrase of SSH keys.
+        ask: asks somebody for the passphrase of the SSH key in the file of that name; None where nobody can be asked.
 
     Raises:
         UsageError: when a file cannot be read or holds no key; no secret is in the message.
@@ -69,9 +80,14 @@ def read_keys(
     found: list[Identity] = []
     for file in identity_files:
         with _blamed(file):
-            found += read_identities(_text(file))
+            found += read_identities(_text(file), lambda file=file: _unlocking(file, environ, ask))  # type: ignore[misc] # the default binds the file of this turn
     passphrase = read_passphrase(passphrase_file, environ)
     return Keys((*found, *([passphrase] if passphrase else ())))
+
+
+def _unlocking(file: str | Path, environ: Mapping[str, str], ask: Callable[[str], str] | None) -> str:
+    """Return the passphrase of an SSH key, empty when there is none to be had."""
+    return environ.get(IDENTITY_PASSPHRASE_VARIABLE) or (ask(str(file)) if ask else "")
 
 
 def read_passphrase(file: str | Path | None, environ: Mapping[str, str] = os.environ) -> Passphrase | None:
@@ -114,13 +130,23 @@ class EncryptedStore:
         self._keys = keys
 
     @contextmanager
-    def open_writer(self, name: str, *, size: int = 0) -> "Iterator[Writer]":
+    def open_writer(
+        self,
+        name: str,
+        *,
+        size: int = 0,
+        plan: Mapping[str, str] | None = None,  # noqa: ARG002 - see `resumable`
+    ) -> "Iterator[Writer]":
         """See `Store`."""
         sealed_size = size + size // 1024 + (1 << 20) if size else 0
         with self._store.open_writer(sealed_name(name), size=sealed_size) as writer:
             sealer = Sealer(writer.write, self._recipients)
             yield sealer
             sealer.finish()
+
+    def resumable(self) -> "Iterator[Resumable]":
+        """See `Store`: nothing, for each run encrypts with a key of its own and so writes other bytes."""
+        return iter(())
 
     def open_reader(self, name: str) -> BinaryIO:
         """See `Store`: what the archive says, decrypted."""
@@ -183,11 +209,20 @@ def _blamed(named: str | Path) -> Iterator[None]:
         raise UsageError(
             f"{str(named)[:80]} cannot be used: {error.message}",
             code="key-invalid",
-            hint="make a pair with: age-keygen -o key.txt",
+            hint=_hint(error.message),
         ) from None
 
 
+def _hint(message: str) -> str:
+    if "bcrypt" in message:
+        return "install it with: pip install bcrypt"
+    if "passphrase" in message:
+        return f"set {IDENTITY_PASSPHRASE_VARIABLE}, or run it in a terminal, where you are asked"
+    return "make a pair with: age-keygen -o key.txt"
+
+
 __all__ = [
+    "IDENTITY_PASSPHRASE_VARIABLE",
     "NO_KEYS",
     "PASSPHRASE_VARIABLE",
     "EncryptedStore",

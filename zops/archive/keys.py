@@ -8,6 +8,8 @@ from zops.archive.age import FILE_KEY_SIZE, Identity, Recipient, Stanza, decode,
 from zops.errors import UsageError, ZopsError
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from cryptography.hazmat.primitives.asymmetric.padding import OAEP
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey, RSAPublicKey
     from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
@@ -169,14 +171,18 @@ def read_recipient(text: str) -> Recipient:
     return Ed25519Recipient(text)
 
 
-def read_identities(text: str) -> list[Identity]:
+def read_identities(text: str, passphrase: "Callable[[], str] | None" = None) -> list[Identity]:
     """Return the identities in a file: lines of `AGE-SECRET-KEY-1...`, or one SSH private key.
 
+    Args:
+        text: of the file.
+        passphrase: returns the passphrase of an SSH key; is called only for a key that has one.
+
     Raises:
-        BadKey: when there is none, or one that needs a passphrase.
+        BadKey: when there is none, or one whose passphrase is not known or wrong.
     """
     if text.startswith("-----BEGIN"):
-        return [_read_ssh_identity(text)]
+        return [_read_ssh_identity(text, passphrase)]
     if text.startswith("age-encryption.org/"):
         raise BadKey("it is encrypted itself; decrypt it first, with: age -d")
     lines = [line for line in map(str.strip, text.splitlines()) if line and not line.startswith("#")]
@@ -185,7 +191,7 @@ def read_identities(text: str) -> list[Identity]:
     return [X25519Identity(line) for line in lines]
 
 
-def _read_ssh_identity(text: str) -> Identity:
+def _read_ssh_identity(text: str, passphrase: "Callable[[], str] | None") -> Identity:
     from cryptography.exceptions import UnsupportedAlgorithm  # noqa: PLC0415 - as above
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey  # noqa: PLC0415
     from cryptography.hazmat.primitives.asymmetric.rsa import RSAPrivateKey  # noqa: PLC0415
@@ -197,12 +203,21 @@ def _read_ssh_identity(text: str) -> Identity:
     )
 
     load = load_ssh_private_key if "OPENSSH" in text.partition("\n")[0] else load_pem_private_key
+    given = b""
     try:
-        key = load(text.encode(), password=None)
-    except TypeError:
-        raise BadKey("the SSH key is protected by a passphrase; use one that is not, or an age key") from None
-    except (ValueError, UnsupportedAlgorithm):
-        raise BadKey("it is no SSH private key that can be read without a passphrase") from None
+        try:
+            key = load(text.encode(), password=None)
+        except TypeError:
+            given = passphrase().encode() if passphrase else b""
+            if not given:
+                raise BadKey("the SSH key is protected by a passphrase, and none is given") from None
+            key = load(text.encode(), password=given)
+    except ValueError:
+        raise BadKey("the passphrase is wrong" if given else "it is no SSH private key") from None
+    except UnsupportedAlgorithm as error:
+        if "bcrypt" in str(error):
+            raise BadKey("an SSH key with a passphrase needs the package bcrypt, which is not here") from None
+        raise BadKey("it is an SSH key of a kind that is not known here") from None
     if not isinstance(key, Ed25519PrivateKey | RSAPrivateKey):
         raise BadKey("it is an SSH key of a kind that age does not know; ed25519 and rsa are")
     line = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH).decode()

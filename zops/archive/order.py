@@ -12,11 +12,11 @@ from pathlib import Path
 
 from zops import __version__
 from zops.archive.clone import can_clone
-from zops.archive.format import ALIGNMENT, ArchiveManifest, Compression
+from zops.archive.format import ALIGNMENT, SUFFIXES, ArchiveManifest, Compression
 from zops.archive.names import archive_name, read_name
 from zops.archive.pieces import Layout, Piece, cut, lay_out
 from zops.archive.plan import Earlier, Plan, plan, root_of
-from zops.archive.resume import Leftover, leftovers
+from zops.archive.resume import Leftover
 from zops.archive.store import DirectoryStore, Store
 from zops.archive.tar import BLOCK, END
 from zops.cache.layout import INDEX
@@ -92,8 +92,10 @@ class Order:
 
     def begin(self) -> tuple[Draft, Leftover | None]:
         """Return the archive to write, and what a killed run left of it."""
-        if self.directory and not self.share and not self.allow_mismatch:
-            for found in leftovers(self.directory):
+        if not self.share and not self.allow_mismatch:
+            for found in self.store.resumable():
+                if not found.name.endswith(SUFFIXES[self.compression]):
+                    continue
                 draft = self._draft(found.name, found.id, datetime.fromisoformat(found.created))
                 if draft.fingerprint == found.fingerprint and found.pieces <= draft.piece_count:
                     return draft, found

@@ -10,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
 
 from zops.archive.store import Writer
-from zops.cache.ranges import reserve
+from zops.cache.blocks import reserve
 from zops.cache.reading import new_buffer
 
 BLOCK = mmap.PAGESIZE

@@ -3,7 +3,7 @@
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -12,6 +12,8 @@ from typing import BinaryIO, Protocol
 
 from zops.archive.encryption import NO_KEYS, Keys
 from zops.archive.names import ENCRYPTED, ArchiveInfo, archive_name, listed, located, names_revision
+from zops.archive.resume import Leftover as Resumable
+from zops.archive.resume import leftovers
 from zops.archive.staging import shortage
 from zops.cache.lock import hold
 from zops.cache.manifest import sync_directory, write_text
@@ -50,13 +52,20 @@ class Store(Protocol):
     def list(self) -> "list[ArchiveInfo]":
         """Return the archives that zops named, oldest first, without reading any."""
 
-    def open_writer(self, name: str, *, size: int = 0) -> AbstractContextManager[Writer]:
+    def open_writer(
+        self, name: str, *, size: int = 0, plan: Mapping[str, str] | None = None
+    ) -> AbstractContextManager[Writer]:
         """Return a context in which an archive is written: it appears at the end, or never when an error leaves it.
 
         Args:
             name: of the archive; one of that name is never replaced.
             size: bytes that it will have at most, as far as that is known.
+            plan: what two runs must have in common to write the same bytes; a store may keep it beside what it has
+                got, for `resumable`.
         """
+
+    def resumable(self) -> "Iterator[Resumable]":
+        """Yield what killed backups of this host left here and can be gone on with; nobody works on it now."""
 
     def open_reader(self, name: str) -> BinaryIO:
         """Open an archive for reading at any place.
@@ -190,6 +199,7 @@ class DirectoryStore:
         name: str,
         *,
         size: int = 0,  # noqa: ARG002 - a disk asks for no sizes
+        plan: Mapping[str, str] | None = None,  # noqa: ARG002 - the journal beside the archive has it
         resume: bool = False,
     ) -> Iterator[Writer]:
         """See `Store`: written beside its name, made durable, and renamed.
@@ -197,6 +207,7 @@ class DirectoryStore:
         Args:
             name: see `Store`.
             size: see `Store`.
+            plan: see `Store`.
             resume: go on with what a killed run left of it, every byte of which stays; the file begins at its start.
         """
         part = self.directory / f".{name}.part"
@@ -225,6 +236,10 @@ class DirectoryStore:
             except BaseException:
                 part.unlink(missing_ok=True)
                 raise
+
+    def resumable(self) -> "Iterator[Resumable]":
+        """See `Store`."""
+        return leftovers(self.directory)
 
     def open_reader(self, name: str) -> BinaryIO:
         """See `Store`."""

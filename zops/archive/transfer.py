@@ -1,98 +1,99 @@
 """Bytes on their way to and from a bucket: an upload that is written to, and an object that is read as a file."""
 
 import hashlib
-import io
-import os
-import queue
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import suppress
-from typing import Any
+from collections import deque
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, NamedTuple
+
+from zops.archive.ranged import RangedFile
 
 READ_AHEAD = 8 << 20
 """What a reader that asks for little is given at once, so that a request is worth its time."""
 
 
-class _Aborted(Exception):
-    pass
+CONCURRENCY = 3
+"""Parts that are sent at once; one more is being filled meanwhile."""
+
+
+class Sent(NamedTuple):
+    """A part that the bucket has: what the bucket calls it, the MD5 of its bytes, their number."""
+
+    etag: str
+    md5: bytes
+    size: int
 
 
 class Outgoing:
-    """Hands what is written here, in parts, to obstore, which reads them in a thread of its own."""
+    """Cuts what is written here into parts, and hands them on in threads, but for those that the bucket has already.
+
+    Attributes:
+        kept_size: bytes of the parts that were there, as their MD5 says, and were not sent again.
+    """
 
     def __init__(
-        self, put: Callable[[Iterator[bytes]], str], part: int, failed: Callable[[BaseException], BaseException]
+        self, put: Callable[[int, memoryview, bytes], str], part: int, there: Mapping[int, tuple[str, int]]
     ) -> None:
-        self.digests: list[bytes] = []
-        self.sizes: list[int] = []
-        self._part, self._pending = part, bytearray()
-        self._queue: queue.Queue[bytes | type[_Aborted] | None] = queue.Queue(maxsize=1)
-        self._failure: BaseException | None = None
-        self._etag = ""
-        self._put_all, self._failed = put, failed
-        self._thread = threading.Thread(target=self._run, name="zops-upload", daemon=True)
-        self._thread.start()
+        self.kept_size = 0
+        self._put, self._part, self._there = put, part, there
+        # The same few buffers again and again; they would come to twice as much if each part grew one of its own.
+        self._free: list[bytearray] = []
+        self._buffer, self._filled = bytearray(part), 0
+        self._threads = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="zops-upload")
+        self._flying: deque[tuple[Future[Sent], bytearray]] = deque()
+        self._sent: list[Sent] = []
 
     def write(self, data: bytes) -> None:
-        """Queue bytes for the upload.
+        """Take more bytes.
 
         Raises:
-            SourceFailed: when the upload failed meanwhile.
+            SourceFailed: when a part cannot be sent.
         """
         view = memoryview(data)
-        while len(view) >= (room := self._part - len(self._pending)):
-            self._pending += view[:room]
-            self._send()
-            view = view[room:]
-        self._pending += view
+        while view:
+            count = min(len(view), self._part - self._filled)
+            self._buffer[self._filled : self._filled + count] = view[:count]
+            self._filled += count
+            view = view[count:]
+            if self._filled == self._part:
+                self._send()
 
-    def finish(self) -> str:
-        """Complete the upload, wait for the store to confirm it, and return what it calls the object.
+    def finish(self) -> list[Sent]:
+        """Send what is left, wait until the bucket has all parts, and return them in order.
 
         Raises:
-            SourceFailed: when it failed.
+            SourceFailed: when a part cannot be sent.
         """
-        if self._pending or not self.sizes:
+        if self._filled or not (self._flying or self._sent):
             self._send()
-        self._put(None)
-        self._thread.join()
-        if self._failure:
-            raise self._failure
-        return self._etag
+        while self._flying:
+            self._land()
+        self._threads.shutdown()
+        return self._sent
 
     def abort(self) -> None:
-        """Give the upload up; the parts that were sent are removed from the bucket."""
-        if self._thread.is_alive() and self._failure is None:
-            self._put(_Aborted, quiet=True)
-        self._thread.join()
+        """Give up: wait for what is on its way and send no more."""
+        self._threads.shutdown(cancel_futures=True)
 
     def _send(self) -> None:
-        self.sizes.append(len(self._pending))
-        self._put(bytes(self._pending))
-        self._pending = bytearray()
+        while len(self._flying) >= CONCURRENCY:
+            self._land()
+        number = len(self._sent) + len(self._flying) + 1
+        body = memoryview(self._buffer)[: self._filled]
+        self._flying.append((self._threads.submit(self._settle, number, body), self._buffer))
+        self._buffer, self._filled = self._free.pop() if self._free else bytearray(self._part), 0
 
-    def _put(self, item: "bytes | type[_Aborted] | None", *, quiet: bool = False) -> None:
-        while self._thread.is_alive():
-            with suppress(queue.Full):
-                self._queue.put(item, timeout=0.2)
-                return
-        if self._failure and not quiet:
-            raise self._failure
+    def _land(self) -> None:
+        future, buffer = self._flying.popleft()
+        self._sent.append(future.result())
+        self._free.append(buffer)
 
-    def _items(self) -> Iterator[bytes]:
-        while (item := self._queue.get()) is not None:
-            if not isinstance(item, bytes):
-                raise _Aborted
-            self.digests.append(hashlib.md5(item, usedforsecurity=False).digest())
-            yield item
-
-    def _run(self) -> None:
-        try:
-            self._etag = self._put_all(self._items())
-        except _Aborted:
-            pass
-        except BaseException as error:  # noqa: BLE001 - carried to the thread that writes, which raises it
-            self._failure = self._failed(error)
+    def _settle(self, number: int, body: memoryview) -> Sent:
+        md5 = hashlib.md5(body, usedforsecurity=False).digest()
+        if self._there.get(number) == (md5.hex(), len(body)):
+            self.kept_size += len(body)
+            return Sent(md5.hex(), md5, len(body))
+        return Sent(self._put(number, body, md5), md5, len(body))
 
 
 class Forward:
@@ -120,48 +121,25 @@ class Forward:
         return bytes(data)
 
 
-class Ranges(io.RawIOBase):
+class Ranges(RangedFile):
     """A file of which every read is a request for a range."""
 
     def __init__(self, fetch: Callable[[int, int], bytes], size: int) -> None:
+        super().__init__()
         self._fetch = fetch
-        self._size = size
-        self._position = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        base = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._size}[whence]
-        self._position = max(0, base + offset)
-        return self._position
+        self.size = size
 
     def readall(self) -> bytes:
         # Python's own asks for 8 KiB at a time, each of which would be a request.
         parts = []
-        while self._position < self._size:
-            parts.append(self._fetch(self._position, min(self._position + READ_AHEAD, self._size)))
+        while self._position < self.size:
+            parts.append(self._fetch(self._position, min(self._position + READ_AHEAD, self.size)))
             self._position += len(parts[-1])
         return b"".join(parts)
 
     def read_range(self, start: int, end: int) -> bytes:
-        """Return the bytes from `start` to `end`; may be called from several threads."""
+        """See `RangedFile`."""
         return self._fetch(start, end)
 
-    def readinto(self, buffer: Any) -> int:
-        end = min(self._position + len(buffer), self._size)
-        if self._position >= end:
-            return 0
-        data = self._fetch(self._position, end)
-        buffer[: len(data)] = data
-        self._position += len(data)
-        return len(data)
 
-
-__all__ = ["READ_AHEAD", "Forward", "Outgoing", "Ranges"]
+__all__ = ["READ_AHEAD", "Forward", "Outgoing", "Ranges", "Sent"]

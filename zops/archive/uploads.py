@@ -1,81 +1,27 @@
-"""Multipart uploads that nobody will finish: listed and aborted by requests signed here, which obstore has no call for.
+"""Multipart uploads: begun, gone on with after a kill, completed or aborted, and the word that a host keeps of its own.
 
-A bucket keeps, and bills, the parts of an upload whose program was killed until somebody aborts it.
+A bucket keeps, and bills, the parts of an upload whose program was killed until somebody aborts it. obstore uploads in
+parts too, but it can neither name an upload nor list its parts, so it cannot go on with one.
 """
 
+import base64
 import fcntl
 import hashlib
-import hmac
 import json
-import os
-import urllib.error
-import urllib.parse
-import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from datetime import UTC, datetime
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
-from zops.archive.credentials import Credentials, find_credentials, find_region, parse_xml
-from zops.errors import SourceFailed, UsageError
+from zops.archive.credentials import parse_xml
+from zops.archive.signed import Bucket, BucketError, Client
+from zops.errors import SourceFailed
 from zops.host.paths import state_dir
 
-_TIMEOUT_S = 30.0
-_PAGE_LIMIT = 8 << 20
 _PAGES = 1000
-_EMPTY = hashlib.sha256(b"").hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Bucket:
-    """Where a bucket answers, and below which prefix our archives are (empty, or ending with a slash)."""
-
-    name: str
-    prefix: str
-    region: str
-    endpoint: str
-    """Empty for AWS itself."""
-    virtual: bool
-    """Whether the bucket's name stands in the host's name instead of in the path."""
-
-    @classmethod
-    def at(cls, location: str, environ: Mapping[str, str] = os.environ) -> "Bucket":
-        """Read `s3://bucket/prefix?endpoint=URL&region=NAME&style=virtual|path`; variables fill in what is missing.
-
-        Raises:
-            UsageError: when it is written in another way.
-        """
-        parts = urllib.parse.urlsplit(location)
-        asked = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
-        if parts.scheme != "s3" or not parts.netloc:
-            raise UsageError(f"{location} names no bucket", hint="write it as s3://bucket/prefix")
-        if set(asked) - {"endpoint", "region", "style"} or asked.get("style", "path") not in {"path", "virtual"}:
-            raise UsageError(
-                f"{location} has an option that is not known",
-                hint="there are endpoint=URL, region=NAME and style=path or virtual",
-            )
-        endpoint = asked.get("endpoint") or environ.get("AWS_ENDPOINT_URL_S3") or environ.get("AWS_ENDPOINT_URL") or ""
-        if endpoint and not endpoint.startswith(("http://", "https://")):
-            raise UsageError(f"the endpoint {endpoint} is no URL", hint="write it as https://host[:port]")
-        style = environ.get("AWS_VIRTUAL_HOSTED_STYLE_REQUEST", "").lower() in {"1", "true", "yes"}
-        prefix = parts.path.strip("/")
-        return cls(
-            name=parts.netloc,
-            prefix=f"{prefix}/" if prefix else "",
-            region=asked.get("region") or find_region(environ) or "us-east-1",
-            endpoint=endpoint.rstrip("/"),
-            virtual=asked["style"] == "virtual" if "style" in asked else style,
-        )
-
-    @property
-    def url(self) -> str:
-        """The address of the bucket itself."""
-        base = self.endpoint or f"https://s3.{self.region}.amazonaws.com"
-        if not self.virtual:
-            return f"{base}/{self.name}"
-        scheme, _, host = base.partition("://")
-        return base if host.startswith(f"{self.name}.") else f"{scheme}://{self.name}.{host}"
+_GONE = 404
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,23 +33,33 @@ class Upload:
     began: datetime
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of an upload as the bucket tells: what it calls it (mostly the MD5 of its bytes), and its size."""
+
+    etag: str
+    size: int
+
+
 def list_uploads(bucket: Bucket) -> list[Upload]:
     """Return the unfinished uploads below the bucket's prefix, not those in directories below it.
 
     Raises:
         SourceFailed: when the bucket does not answer as it should.
     """
-    credentials = find_credentials()
+    client = Client(bucket)
     found: list[Upload] = []
     query = {"uploads": "", "prefix": bucket.prefix, "delimiter": "/"}
     for _ in range(_PAGES):
         try:
-            page = parse_xml(_request("GET", bucket, "", query, credentials))
+            page = parse_xml(client.ask("GET", "", query).body)
             for each in page.iter("Upload"):
                 began = datetime.fromisoformat(each.findtext("Initiated", ""))
                 found.append(Upload(each.findtext("Key", ""), each.findtext("UploadId", ""), began))
         except ValueError as error:
             raise _failed(bucket, f"its list of uploads cannot be read: {error}") from None
+        except BucketError as error:
+            raise _failed(bucket, str(error)) from None
         if page.findtext("IsTruncated") != "true":
             break
         query |= {"key-marker": page.findtext("NextKeyMarker", "")}
@@ -117,28 +73,145 @@ def abort_upload(bucket: Bucket, upload: Upload) -> None:
     Raises:
         SourceFailed: when the bucket refuses.
     """
-    _request("DELETE", bucket, upload.key, {"uploadId": upload.id}, find_credentials(), fine=404)
+    try:
+        Client(bucket).ask("DELETE", upload.key, {"uploadId": upload.id})
+    except BucketError as error:
+        if error.status != _GONE:
+            raise _failed(bucket, str(error)) from None
+
+
+def begin_upload(client: Client, key: str) -> str:
+    """Begin an upload and return its id.
+
+    Raises:
+        BucketError: when the bucket refuses or does not answer.
+    """
+    try:
+        found = parse_xml(client.ask("POST", key, {"uploads": ""}).body).findtext("UploadId")
+    except ValueError:
+        found = None
+    if not found:
+        raise BucketError("it does not name the upload that it began")
+    return found
+
+
+def list_parts(client: Client, key: str, upload: str) -> dict[int, Part]:
+    """Return the parts that a bucket has of an upload, by their numbers from 1 on.
+
+    Raises:
+        BucketError: when it refuses, does not answer, or does not know the upload (any more).
+    """
+    found: dict[int, Part] = {}
+    query = {"uploadId": upload}
+    for _ in range(_PAGES):
+        try:
+            page = parse_xml(client.ask("GET", key, query).body)
+            for each in page.iter("Part"):
+                etag = each.findtext("ETag", "").strip('"')
+                found[int(each.findtext("PartNumber", ""))] = Part(etag, int(each.findtext("Size", "")))
+        except ValueError as error:
+            raise BucketError(f"its list of parts cannot be read: {error}") from None
+        if page.findtext("IsTruncated") != "true":
+            break
+        query["part-number-marker"] = page.findtext("NextPartNumberMarker", "")
+    return found
+
+
+def put_part(client: Client, key: str, upload: str, number: int, body: memoryview, md5: bytes) -> str:  # noqa: PLR0917 - what a part is
+    """Send one part, which the bucket compares with its MD5, and return what it calls it.
+
+    Raises:
+        BucketError: when the bucket refuses or does not answer.
+    """
+    query = {"partNumber": str(number), "uploadId": upload}
+    answer = client.ask("PUT", key, query, body, {"Content-MD5": base64.b64encode(md5).decode()})
+    return answer.headers.get("etag", "").strip('"')
+
+
+def complete_upload(client: Client, key: str, upload: str, etags: Sequence[str]) -> str:
+    """Make an object of the parts, which are named in order, and return what the bucket calls it.
+
+    It is called nothing when the answer was lost and the upload is gone: then the object alone can tell.
+
+    Raises:
+        BucketError: when the bucket refuses or does not answer.
+    """
+    parts = "".join(
+        f'<Part><PartNumber>{n}</PartNumber><ETag>"{etag}"</ETag></Part>' for n, etag in enumerate(etags, 1)
+    )
+    body = f'<CompleteMultipartUpload xmlns="http://s3.amazonaws.com/doc/2006-03-01/">{parts}</CompleteMultipartUpload>'
+    try:
+        answer = client.ask("POST", key, {"uploadId": upload}, body.encode(), {"Content-Type": "application/xml"})
+        page = parse_xml(answer.body)
+    except BucketError as error:
+        if error.status == _GONE:
+            return ""
+        raise
+    except ValueError:
+        return ""
+    # S3 begins its answer before it knows how this ends, so that an error comes with status 200.
+    if page.tag == "Error":
+        raise BucketError(page.findtext("Code", "an error"))
+    return page.findtext("ETag", "").strip('"')
+
+
+@dataclass
+class Word:
+    """What a host keeps of an upload of its own, while that is under way and after its process was killed.
+
+    Attributes:
+        upload: the id that a killed process left; empty when there is none, or it was of another archive.
+        orphaned: whether a killed process left word of the same key.
+    """
+
+    upload: str = ""
+    orphaned: bool = False
+    _stream: BinaryIO | None = None
+    _body: dict[str, object] = field(default_factory=dict)
+
+    def note(self, upload: str) -> None:
+        """Write down the id of the upload, for who goes on with it."""
+        if self._stream:
+            self._stream.seek(0)
+            self._stream.truncate()
+            self._stream.write(json.dumps({**self._body, "upload": upload}).encode())
+            self._stream.flush()
 
 
 @contextmanager
-def claimed(bucket: Bucket, key: str) -> Iterator[None]:
+def claimed(bucket: Bucket, key: str, plan: Mapping[str, str] | None = None) -> Iterator[Word]:
     """Leave word on this host, for the length of the block, that an upload is under way; a lock dies with the process.
 
     Where the host's state cannot be written nothing is left: then an orphan is known by its age alone.
+
+    Args:
+        bucket: where to.
+        key: what.
+        plan: what two runs must have in common to send the same bytes; without it nobody can go on with the upload.
+
+    Raises:
+        SourceFailed: when another process of this host is at it.
     """
-    text = json.dumps({"url": bucket.url, "key": key})
-    path = _claims() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
+    path = _path_of(bucket, key)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("w", encoding="utf-8")
+        stream = path.open("a+b")
     except OSError:
-        yield
+        yield Word()
         return
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
-        stream.write(text)
-        stream.flush()
-        yield
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise SourceFailed(
+                f"another zops of this host uploads {key} just now", code="archive-exists", hint="wait for its end"
+            ) from None
+        left = _read(stream)
+        body: dict[str, object] = {"url": bucket.url, "key": key, "plan": dict(plan or {})}
+        same = bool(plan) and left.get("plan") == body["plan"]
+        word = Word(str(left.get("upload", "")) if same else "", bool(left), stream, body)
+        word.note(word.upload)
+        yield word
         path.unlink(missing_ok=True)
 
 
@@ -149,73 +222,43 @@ class Claim:
     key: str
     path: Path
     alive: bool
+    plan: Mapping[str, str] = field(default_factory=dict)
 
 
 def claims(bucket: Bucket) -> tuple[Claim, ...]:
     """Return the word of every upload into this bucket that processes of this host left."""
     found = []
     for path in sorted(_claims().glob("*.json")):
-        with suppress(OSError, ValueError, KeyError, TypeError), path.open("r", encoding="utf-8") as stream:
+        with suppress(OSError, KeyError), path.open("rb") as stream:
             alive = False
             try:
                 fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
             except BlockingIOError:
                 alive = True
-            body = json.loads(stream.read())
+            body = _read(stream)
+            plan = body.get("plan")
             if body["url"] == bucket.url:
-                found.append(Claim(str(body["key"]), path, alive))
+                found.append(Claim(str(body["key"]), path, alive, plan if isinstance(plan, dict) else {}))
     return tuple(found)
+
+
+def _read(stream: BinaryIO) -> dict[str, object]:
+    """Return what a word says, nothing when its writer was killed at it."""
+    stream.seek(0)
+    with suppress(ValueError):
+        body = json.loads(stream.read())
+        if isinstance(body, dict):
+            return body
+    return {}
+
+
+def _path_of(bucket: Bucket, key: str) -> Path:
+    text = json.dumps({"url": bucket.url, "key": key})
+    return _claims() / f"{hashlib.sha256(text.encode()).hexdigest()[:24]}.json"
 
 
 def _claims() -> Path:
     return state_dir() / "uploads"
-
-
-def _request(
-    method: str, bucket: Bucket, key: str, query: Mapping[str, str], credentials: Credentials, *, fine: int = 0
-) -> bytes:
-    path = urllib.parse.urlsplit(bucket.url).path + (f"/{_quoted(key)}" if key else "")
-    address = urllib.parse.urlsplit(bucket.url)
-    text = "&".join(f"{_quoted(k, safe='')}={_quoted(v, safe='')}" for k, v in sorted(query.items()))
-    headers = _signed((method, address.netloc, path or "/", text), bucket.region, credentials)
-    request = urllib.request.Request(  # noqa: S310 - an http(s) address, checked by Bucket.at
-        f"{address.scheme}://{address.netloc}{path or '/'}?{text}", headers=headers, method=method
-    )
-    try:
-        with urllib.request.urlopen(request, timeout=_TIMEOUT_S) as answer:  # noqa: S310 - as above
-            return bytes(answer.read(_PAGE_LIMIT))
-    except urllib.error.HTTPError as error:
-        error.close()
-        if error.code == fine:
-            return b""
-        raise _failed(bucket, f"status {error.code}") from None
-    except OSError as error:
-        raise _failed(bucket, str(getattr(error, "reason", error))) from None
-
-
-def _signed(target: tuple[str, str, str, str], region: str, credentials: Credentials) -> dict[str, str]:
-    """Return the headers of a request without a body, signed as AWS's Signature Version 4 wants it."""
-    method, host, path, query = target
-    now = datetime.now(UTC)
-    moment, scope = now.strftime("%Y%m%dT%H%M%SZ"), f"{now:%Y%m%d}/{region}/s3/aws4_request"
-    headers = {"host": host, "x-amz-content-sha256": _EMPTY, "x-amz-date": moment}
-    if credentials.token:
-        headers["x-amz-security-token"] = credentials.token
-    names = ";".join(headers)
-    canonical = "\n".join([method, path, query, *(f"{k}:{v}" for k, v in headers.items()), "", names, _EMPTY])
-    to_sign = "\n".join(["AWS4-HMAC-SHA256", moment, scope, hashlib.sha256(canonical.encode()).hexdigest()])
-    key = f"AWS4{credentials.secret_key}".encode()
-    for part in scope.split("/"):
-        key = hmac.digest(key, part.encode(), "sha256")
-    signature = hmac.digest(key, to_sign.encode(), "sha256").hex()
-    headers["Authorization"] = (
-        f"AWS4-HMAC-SHA256 Credential={credentials.access_key}/{scope}, SignedHeaders={names}, Signature={signature}"
-    )
-    return headers
-
-
-def _quoted(text: str, safe: str = "/") -> str:
-    return urllib.parse.quote(text, safe=f"{safe}~-._")
 
 
 def _failed(bucket: Bucket, why: str) -> SourceFailed:
@@ -226,4 +269,18 @@ def _failed(bucket: Bucket, why: str) -> SourceFailed:
     )
 
 
-__all__ = ["Bucket", "Claim", "Upload", "abort_upload", "claimed", "claims", "list_uploads"]
+__all__ = [
+    "Bucket",
+    "Claim",
+    "Part",
+    "Upload",
+    "Word",
+    "abort_upload",
+    "begin_upload",
+    "claimed",
+    "claims",
+    "complete_upload",
+    "list_parts",
+    "list_uploads",
+    "put_part",
+]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from zops.archive.clone import clone_range
 from zops.archive.tar import Member
-from zops.cache.ranges import reserve as take_room
+from zops.cache.blocks import reserve as take_room
 from zops.cache.reading import SMALL
 
 

@@ -15,10 +15,10 @@ from io import FileIO
 from pathlib import Path
 from queue import SimpleQueue
 
+from zops.cache.blocks import clone
 from zops.cache.cast import Caster, Recast, Run
 from zops.cache.hashing import sha256_file
 from zops.cache.manifest import sync_directory
-from zops.cache.source import clone
 
 # Large enough for a disk, small enough that what one thread wrote is still in the cache of the other.
 BLOCK = 2 << 20

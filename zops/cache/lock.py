@@ -106,9 +106,15 @@ def _open(path: Path) -> int:
     for _ in range(DIRECTORY_ATTEMPTS):
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            return os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+            return os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
         except FileNotFoundError as error:
             reason = error.strerror
+        except PermissionError as error:
+            # Another user's, in a directory that all users share. To wait for it, reading it is enough.
+            with suppress(OSError):
+                return os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+            reason = error.strerror
+            break
         except OSError as error:
             if error.errno in FULL:
                 raise shortage(error) or error from error

@@ -4,7 +4,6 @@ The record is written after the bytes that it speaks of have reached the disk, s
 byte, or a host that lost power, goes on with what is missing. It only saves fetching: in the end the file is hashed.
 """
 
-import errno
 import json
 import os
 import threading
@@ -13,6 +12,7 @@ from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 
+from zops.cache.blocks import reserve
 from zops.cache.hubs import Listed, Span
 from zops.cache.incoming import PARTIAL
 from zops.cache.manifest import FORMAT, write_json
@@ -107,27 +107,6 @@ class Partial:
             if whole and inside and body["format"] == FORMAT and body["file"] == self._identity():
                 return _joined(spans)
         return []
-
-
-def reserve(descriptor: int, size: int) -> None:
-    """Make a file that long and take the room for it now, where that costs nothing: a full disk shows beforehand."""
-    if os.fstat(descriptor).st_size != size:
-        os.ftruncate(descriptor, size)
-    try:
-        # Unlike posix_fallocate this never falls back to writing zeros, which takes minutes on a network file system.
-        _fallocate(descriptor, size)
-    except OSError as error:
-        if error.errno not in {errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL}:
-            raise
-
-
-def _fallocate(descriptor: int, size: int) -> None:
-    import ctypes  # noqa: PLC0415 - only those who fetch large files pay for it
-
-    libc = ctypes.CDLL(None, use_errno=True)
-    if libc.fallocate(descriptor, 0, ctypes.c_int64(0), ctypes.c_int64(size)) != 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def _joined(spans: list[Span]) -> list[Span]:

@@ -1,7 +1,6 @@
 """What a specification's source offers: which files, from where, and how to bring one."""
 
 import errno
-import fcntl
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -9,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol, TypeVar
 
+from zops.cache.blocks import clone
 from zops.cache.fetch import Delivery, patiently, tell_pause
 from zops.cache.hashing import Stat, hash_files
 from zops.cache.hubs import Advance, Hub, HubFailure, Listed, Span, Take, needed, open_hub, refused
@@ -24,8 +24,6 @@ from zops.spec import Source
 Answer = TypeVar("Answer")
 
 COPY_STEP = 8 << 20
-# ioctl number of FICLONE, from linux/fs.h: _IOW(0x94, 9, int).
-FICLONE = 0x40049409
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,15 +253,6 @@ def copy_file(origin: Path, target: Path, advance: Advance) -> None:
         if short is not None:
             raise short from error
         raise HubFailure(f"cannot be copied: {error.strerror}", final=True) from error
-
-
-def clone(reader: int, writer: int) -> bool:
-    """Let one file share the blocks of another; False where the file system cannot."""
-    try:
-        fcntl.ioctl(writer, FICLONE, reader)
-    except OSError:
-        return False
-    return True
 
 
 def _copy(reader: int, writer: int, size: int, advance: Advance) -> None:

@@ -1,5 +1,6 @@
 """`zops cache backup` and `drill`, `zops archive prune` and `clean`: making archives, proving and removing them."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -199,7 +200,12 @@ def read_keys(spec: "Spec", identities: tuple[Path, ...] = (), passphrase_file: 
     """Return what opens encrypted archives: by flag, else by zops.yaml, and the passphrase variable."""
     from zops.archive.encryption import read_keys as read  # noqa: PLC0415 - only who has archives pays for it
 
-    return read(identities or spec.backup.identities, passphrase_file or spec.backup.passphrase_file)
+    files, passphrase = identities or spec.backup.identities, passphrase_file or spec.backup.passphrase_file
+    return read(files, passphrase, ask=_ask if sys.stdin.isatty() and sys.stderr.isatty() else None)
+
+
+def _ask(file: str) -> str:
+    return str(click.prompt(f"Passphrase of {file}", hide_input=True, err=True))
 
 
 def _routine(spec: "Spec", options: dict[str, Any]) -> "Routine":
@@ -226,10 +232,12 @@ def _routine(spec: "Spec", options: dict[str, Any]) -> "Routine":
 
 
 def _rules(asked: str | None, spec: "Spec") -> "Keep | None":
-    from zops.archive.keep import Keep  # noqa: PLC0415 - as above
-
     text = asked or spec.backup.keep
-    return Keep.parse(text) if text else None
+    if not text:
+        return None
+    from zops.archive.keep import Keep  # noqa: PLC0415 - only who has rules pays for it
+
+    return Keep.parse(text)
 
 
 def _snapshots(models: tuple[str, ...], spec: "Spec") -> list[Path]:

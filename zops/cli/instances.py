@@ -35,7 +35,7 @@ def up(*, loaded: Loaded, out: Output, wait: bool) -> None:
     deployment = deploy(loaded.spec)
     require_gpu_room(loaded)
     runtime = open_runtime(loaded.spec)
-    with out.progress() as report:
+    with out.progress() as report, runtime.claim(deployment.name, report):
         instance = bring_up(runtime, deployment, report)
         if wait:
             from zops.health.waiting import wait_instance  # noqa: PLC0415 - --no-wait need not pay for a client

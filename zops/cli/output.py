@@ -98,6 +98,11 @@ class Output:
         self.stdout.write((json.dumps({"line": text}, ensure_ascii=False) if self.mode == "json" else text) + "\n")
         self.stdout.flush()
 
+    def raw_line(self, text: str) -> None:
+        """Write one line of a stream as it is, in every mode: its writer knows in which one it speaks."""
+        self.stdout.write(f"{text}\n")
+        self.stdout.flush()
+
     # --- everything else, on stderr
 
     def note(self, text: str) -> None:

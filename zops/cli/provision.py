@@ -2,6 +2,7 @@
 
 import shlex
 import sys
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 import click
@@ -35,8 +36,13 @@ def provision(*, dry_run: bool, loaded: Loaded, out: Output) -> None:
 
     outcomes: list[Outcome] = []
     go_on = redacted(shlex.join(["zops", *sys.argv[1:]]))
+    planned = plan(loaded, dry_run=dry_run)
     with out.progress() as report:
-        for outcome in run(plan(loaded, dry_run=dry_run).steps(), report, dry_run=dry_run, go_on=go_on):
+
+        def claim() -> AbstractContextManager[None]:
+            return planned.runtime.claim(loaded.spec.name, report)
+
+        for outcome in run(planned.steps(), report, dry_run=dry_run, go_on=go_on, claim=claim):
             outcomes.append(outcome)
             if out.mode != "json":
                 out.data(None, _line(outcome))

@@ -14,7 +14,7 @@ import os
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 import urllib3
@@ -57,6 +57,16 @@ class GeneratedImages:
     seconds: float
 
 
+class Ask(Protocol):
+    """Puts a question to an instance by another way than its address: `Runtime.ask` with a name bound to it."""
+
+    def __call__(
+        self, method: str, path: str, body: bytes | None = None, *, timeout_s: float, key: str = ""
+    ) -> tuple[int, bytes]:
+        """Return status and body of the answer; raise `RuntimeUnreachable` where there is none in time."""
+        ...
+
+
 class Client:
     """Talks to one instance.
 
@@ -64,9 +74,10 @@ class Client:
         url: address of the instance, for example http://127.0.0.1:8000.
         timeout_s: seconds that one request may take from its first byte to its last.
         key: API key; the one in `ZOPS_API_KEY` by default, none when that is empty.
+        ask: the way to the instance, where its address is not reached from here; the address only names it then.
     """
 
-    def __init__(self, url: str, timeout_s: float = 120.0, *, key: str | None = None) -> None:
+    def __init__(self, url: str, timeout_s: float = 120.0, *, key: str | None = None, ask: Ask | None = None) -> None:
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise UsageError(f"{url!r} is no address of an instance", hint="for example --url http://127.0.0.1:8000")
@@ -76,6 +87,7 @@ class Client:
         if not self._key.isascii() or not self._key.isprintable() or " " in self._key:
             hint = f"put the very key that zops key new printed into {KEY_VARIABLE}"
             raise UsageError(f"what {KEY_VARIABLE} holds is no API key", code="api-key-refused", hint=hint)
+        self._way = ask
         self._pool = urllib3.PoolManager(retries=False, maxsize=1)
 
     def live(self) -> bool:
@@ -173,6 +185,8 @@ class Client:
 
     def _ask(self, method: str, path: str, body: bytes | None = None) -> tuple[int, bytes]:
         """Send one request and read the whole answer within the time and size that are allowed."""
+        if self._way:
+            return self._way(method, path, body, timeout_s=self.timeout_s, key=self._key)
         deadline = time.monotonic() + self.timeout_s
         timeout = urllib3.Timeout(connect=min(CONNECT_TIMEOUT_S, self.timeout_s), read=self.timeout_s)
         headers = {"Accept": "application/json", "User-Agent": "zops"}

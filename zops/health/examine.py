@@ -51,12 +51,12 @@ def examine_host(
 
 
 def require_gpu_room(loaded: Loaded, senses: Senses | None = None) -> None:
-    """Refuse a deployment whose largest allowed image cannot fit on a GPU that it wants, as far as it is seen here.
+    """Refuse a deployment on a fenced GPU, or whose largest allowed image cannot fit, as far as that is seen here.
 
     Raises:
-        HostShort: naming the largest image that would fit.
+        HostShort: naming the largest image that would fit, or why the GPU is fenced.
     """
-    if error := refusal(examine_host(loaded, only=("gpu-memory",), senses=senses)):
+    if error := refusal(examine_host(loaded, only=("gpu-memory", "gpu-fenced"), senses=senses)):
         raise error
 
 

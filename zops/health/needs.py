@@ -13,13 +13,16 @@ from urllib.parse import unquote, urlsplit
 from zops.cache.layout import find, meant, place
 from zops.cache.manifest import FileEntry, Manifest, read_manifest
 from zops.catalog import Model, lookup
-from zops.errors import SnapshotDamaged, SnapshotMissing
+from zops.errors import SnapshotDamaged, SnapshotMissing, ZopsError
 from zops.host.capacity import ACTIVATION_BYTES_A_PIXEL, DTYPES
 from zops.host.context import Need
+from zops.host.engine import read_labels
 from zops.spec import Source, Spec
 
 # Peak of anonymous memory with device_map="cuda" was 0.7 GB; torch, CUDA and the HTTP process take the rest.
 GPU_LOAD_BYTES = 4_000_000_000
+# On images: the version of torch, and with `.cuda` behind it for which CUDA that is built (docs/reference/image.md).
+TORCH_LABEL = "io.zops.torch"
 # What PyPI's torch is built for, by its minor version (the release notes of PyTorch); the image pins one of them.
 CUDA_OF_TORCH = {"2.11": "13.0", "2.12": "13.0", "2.13": "13.0"}
 
@@ -93,6 +96,8 @@ def _torch_cuda(spec: Spec) -> tuple[str, str]:
     """Return for which CUDA the torch that will serve is built, and how that is known; empty where it is not."""
     if spec.runtime == "process":
         return _installed_torch_cuda()
+    if spec.runtime == "docker" and (labelled := _labelled_cuda(spec)):
+        return labelled
     if not spec.image.build:
         return "", ""
     if spec.image.torch_index:
@@ -103,6 +108,16 @@ def _torch_cuda(spec: Spec) -> tuple[str, str]:
         return variant[3] or f"{variant[1]}.{variant[2]}", "image.torch_index"
     pinned = re.search(r"^torch==(\d+\.\d+)", _constraints(), re.MULTILINE)
     return (CUDA_OF_TORCH.get(pinned[1], ""), f"torch {pinned[1]} of the image") if pinned else ("", "")
+
+
+def _labelled_cuda(spec: Spec) -> tuple[str, str] | None:
+    """Return what the image itself says; None where the engine has none yet, or it was built without saying so."""
+    try:
+        labels = read_labels(spec.engine, spec.image.name) or {}
+    except ZopsError:
+        return None  # that the engine does not answer is another check's finding
+    cuda = labels.get(f"{TORCH_LABEL}.cuda")
+    return (cuda, f"torch {labels.get(TORCH_LABEL, '')} of {spec.image.name}") if cuda else None
 
 
 def _constraints() -> str:

@@ -6,7 +6,8 @@ gives that overflowed or lost its weights; for that the image is decoded as the 
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from math import sqrt
 
 from zops.errors import ZopsError
@@ -18,6 +19,8 @@ MAX_PIXELS = 2048 * 2048
 # A picture's brightness varies by tens of its 255 levels, random noise by more; a flat field by less than one.
 FLAT_DEVIATION = 1.0
 BLACK_MEAN = 2.0
+# Small enough to forgive other kernels and libraries their last bits, large enough to show what is where.
+THUMBNAIL_EDGE = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,8 @@ class Look:
     height: int
     mean: float
     deviation: float
+    thumbnail: bytes = field(default=b"", repr=False)
+    """The image made `THUMBNAIL_EDGE` pixels wide and high, by averaging; one byte a colour and pixel."""
 
     @property
     def fault(self) -> str:
@@ -63,7 +68,29 @@ def look_at(data: bytes) -> Look:
     samples = _unfilter(raw, stride, channels)
     # Each colour by itself, so that a plain red field counts as flat; opacity says nothing.
     measured = [_measure(samples[index::channels]) for index in range(colours)]
-    return Look(width, height, sum(mean for mean, _ in measured) / colours, max(spread for _, spread in measured))
+    mean, spread = sum(mean for mean, _ in measured) / colours, max(spread for _, spread in measured)
+    return Look(width, height, mean, spread, _shrink(samples, width, height, channels, colours))
+
+
+def _shrink(samples: bytes, width: int, height: int, channels: int, colours: int) -> bytes:
+    """Average the image over a grid of cells."""
+    columns, rows = _cuts(width), _cuts(height)
+    small = bytearray()
+    for top, bottom in rows:
+        for left, right in columns:
+            for colour in range(colours):
+                total = 0
+                for y in range(top, bottom):
+                    start = y * width * channels
+                    total += sum(samples[start + left * channels + colour : start + right * channels : channels])
+                small.append(round(total / ((bottom - top) * (right - left))))
+    return bytes(small)
+
+
+def _cuts(length: int) -> list[tuple[int, int]]:
+    """Cut a length into `THUMBNAIL_EDGE` parts of at least one pixel each."""
+    starts = [part * length // THUMBNAIL_EDGE for part in range(THUMBNAIL_EDGE + 1)]
+    return [(start, max(end, start + 1)) for start, end in pairwise(starts)]
 
 
 def _measure(samples: bytes) -> tuple[float, float]:

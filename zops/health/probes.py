@@ -1,57 +1,38 @@
 """Probes of one instance, layer by layer, outermost first: the first that fails is where to look.
 
-running (the runtime's view) -> live -> ready -> gpu (inside the instance, not on the host) -> cache -> canary (only
-when asked deeply: a real image, decoded and looked at). Layers behind a failed one are not asked.
+running (the runtime's view) -> live -> gpu (NVML inside the instance, not on the host) -> cache (what lies on its disk
+now) -> ready -> queue (does it move?) -> canary (only when asked deeply: a real image, looked at and compared with
+earlier ones). Layers behind a failed one are not asked. What an older instance does not tell is not judged.
 """
 
-import hashlib
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from datetime import UTC, datetime
-from functools import cached_property
-from itertools import islice
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from zops.errors import ZopsError
-from zops.health.canary import SEED, paint
-from zops.health.client import KEY_CODES, Client
-from zops.health.verdict import Health, Probe
+from zops.health.client import KEY_CODES, Ask
+from zops.health.given import judge_cache, judge_gpu
+from zops.health.patient import Patient
+from zops.health.running import judge_running
+from zops.health.verdict import Health, Probe, degraded, failed, passed
 from zops.runtime.base import Instance, Runtime
+from zops.spec import Serve
 
 # These answer from memory; an HTTP process that takes longer is stuck.
 PROBE_TIMEOUT_S = 5.0
-# Three starts within two minutes: the engine restarts it as often as it dies.
-LOOP_RESTARTS, LOOP_WINDOW_S = 3, 120.0
-LOG_LINES = 5
+# Python and the HTTP libraries from a cold disk, before the port is bound.
+BIND_S = 30.0
+# The server itself gives a worker on a GPU 60 s without a forward, and kills it then.
+STUCK_S = 60.0
 
-CANARY_EDGE = 512
-
-
-@dataclass(frozen=True)
-class Patient:
-    """An instance under examination, with what the probes share."""
-
-    instance: Instance
-    runtime: Runtime | None
-    expected_digest: str
-    probe_timeout_s: float
-    canary_timeout_s: float
-
-    @property
-    def asked(self) -> Mapping[str, Any]:
-        """What the deployment asked for when the instance was made."""
-        return self.instance.traits
-
-    @cached_property
-    def client(self) -> Client:
-        """For questions that are answered from memory."""
-        return Client(self.instance.url, timeout_s=self.probe_timeout_s)
-
-    @cached_property
-    def info(self) -> Mapping[str, Any]:
-        """What the instance says of itself, asked once."""
-        return self.client.info()
+# Errors of the client -> code of the probe.
+_TROUBLE = {
+    "instance-unreachable": "unreachable",
+    "instance-timeout": "hung",
+    "instance-stranger": "stranger",
+    "runtime-unreachable": "engine-unreachable",
+}
+_PHASES_AFTER_A_LOSS = frozenset({"restarting", "failed"})
 
 
 def check_instance(
@@ -59,19 +40,29 @@ def check_instance(
     *,
     runtime: Runtime | None = None,
     deep: bool = False,
+    record: bool = False,
     expected_digest: str | None = None,
     probe_timeout_s: float = PROBE_TIMEOUT_S,
     canary_timeout_s: float = 120.0,
+    startup_timeout_s: float | None = None,
+    ask: Ask | None = None,
+    host: str = "",
+    engine: str = "",
 ) -> Health:
     """Judge one instance and return every layer that was asked.
 
     Args:
         instance: as its runtime knows it now.
         runtime: where to get its last log lines from when it does not run; none when nothing shall be asked.
-        deep: make a real image and look at it.
+        deep: make a real image, look at it, and compare it with the first ones.
+        record: take that image as the one to compare later ones with.
         expected_digest: digest of the manifest that it must serve, its own label by default.
         probe_timeout_s: longest time for one question.
         canary_timeout_s: longest time for the image.
+        startup_timeout_s: how long it may take to become ready, the specification's default when empty.
+        ask: how to ask it where its address cannot be reached from here; over HTTP when empty.
+        host: name of its host, where that is not this one.
+        engine: what commands about it must give as --engine, where they would mean another instance without.
     """
     patient = Patient(
         instance=instance,
@@ -79,144 +70,124 @@ def check_instance(
         expected_digest=instance.manifest_digest if expected_digest is None else expected_digest,
         probe_timeout_s=probe_timeout_s,
         canary_timeout_s=canary_timeout_s,
+        startup_timeout_s=_default_startup_s() if startup_timeout_s is None else startup_timeout_s,
+        ask=ask,
+        host=host,
+        engine=engine,
     )
-    layers: list[Callable[[Patient], Probe]] = [_running, _live, _ready, _gpu, _cache]
+    layers: list[Callable[[Patient], Probe]] = [judge_running, _live, judge_gpu, judge_cache, _ready, _queue]
     if deep:
-        layers.append(_canary)
+        from zops.health.canary import judge_canary  # noqa: PLC0415 - decoding images is for those who make one
+
+        layers.append(lambda one: judge_canary(one, record=record))
+    return Health(instance.name, instance.runtime, tuple(_examine(patient, layers)), host)
+
+
+def _examine(patient: Patient, layers: Sequence[Callable[[Patient], Probe]]) -> list[Probe]:
     probes: list[Probe] = []
     for layer in layers:
         began = time.monotonic()
-        try:
-            probe = layer(patient)
-        except ZopsError as error:
-            probe = _failed(layer.__name__.strip("_"), error.message, error.hint, code=error.code)
-            if error.code in KEY_CODES:
-                # It is our key that is wrong; an instance must not be replaced for that.
-                probe = replace(probe, verdict="degraded")
+        probe = layer(patient)
         probes.append(replace(probe, seconds=time.monotonic() - began))
-        if probe.verdict == "failed":
+        # Behind a key that is refused nothing can be known, though nothing need be wrong.
+        if probe.verdict == "failed" or probe.code == "key-refused":
             break
-    return Health(instance.name, instance.runtime, tuple(probes))
+    return probes
 
 
-def _running(patient: Patient) -> Probe:
-    instance = patient.instance
-    seen: dict[str, Any] = {
-        "state": instance.state,
-        "restarts": instance.restarts,
-        "started_at": instance.started_at,
-        "exit_code": instance.exit_code,
-        "oom_killed": instance.oom_killed,
-        "engine_health": instance.health,
-    }
-    if instance.running:
-        if instance.restarts >= LOOP_RESTARTS and _age_s(instance.started_at) < LOOP_WINDOW_S:
-            reason = f"restarted {instance.restarts} times, the last time just now"
-            return Probe("running", "degraded", reason, "see why with: zops logs", evidence=seen)
-        return Probe("running", "ok", f"running since {instance.started_at or 'unknown'}", evidence=seen)
-    seen["log"] = _last_lines(patient)
-    reason, remedy = _stopped(instance)
-    return _failed("running", reason, remedy, **seen)
-
-
-def _stopped(instance: Instance) -> tuple[str, str]:
-    """Return why an instance does not run, and what to do."""
-    start = f"zops up --name {instance.name}"
-    if instance.oom_killed:
-        remedy = f"raise resources.memory (or leave it empty), then: {start}"
-        return "killed because it ran out of memory (OOM)", remedy
-    if instance.state == "paused":
-        return "paused", f"docker unpause {instance.id[:12]}"
-    if instance.state == "restarting":
-        reason = f"dies at its start and is restarted again and again ({instance.restarts} times"
-        return f"{reason}, last exit status {instance.exit_code})", f"see why with: zops logs --name {instance.name}"
-    if instance.state == "created":
-        return "was created and never started", start
-    status = "" if instance.exit_code is None else f" with status {instance.exit_code}"
-    return f"{instance.state}{status}", f"see why with: zops logs --name {instance.name}; then: {start}"
+def _default_startup_s() -> float:
+    return float(Serve.model_fields["startup_timeout_s"].default)
 
 
 def _live(patient: Patient) -> Probe:
-    if patient.client.live():
-        return Probe("live", "ok", f"answers at {patient.instance.url}")
-    return _failed("live", "the HTTP process says that it does not live", "zops down, then zops up")
+    """Ask whether the HTTP process lives and is zops at all; all later layers judge what it says here."""
+    try:
+        if patient.client.live():
+            _ = patient.readiness
+            return passed("live", f"answers at {patient.instance.url}")
+        _ = patient.readiness
+    except ZopsError as error:
+        return _unanswered(patient, error)
+    reason = "the HTTP process says that it does not live"
+    return failed("live", "not-live", reason, patient.anew)
+
+
+def _unanswered(patient: Patient, error: ZopsError) -> Probe:
+    if error.code in KEY_CODES:
+        # It is our key that is wrong; an instance must not be replaced for that.
+        return degraded("live", "key-refused", error.message, error.hint)
+    code = _TROUBLE.get(error.code, "not-live")
+    if code in {"unreachable", "hung"} and _may_still_bind(patient, code):
+        reason = f"started {patient.age_s:.0f} s ago and does not {'answer' if code == 'hung' else 'listen'} yet"
+        return failed("live", "starting", reason, patient.wait)
+    return failed("live", code, error.message, error.hint, cause=error.code)
+
+
+def _may_still_bind(patient: Patient, code: str) -> bool:
+    """Tell whether an instance that nobody can reach, or that takes connections and is silent, may be too young."""
+    match patient.instance.health:
+        case "healthy":
+            # Reached from inside: it is the way to it that is gone.
+            return False
+        case "starting" if code == "unreachable":
+            return patient.age_s < patient.startup_timeout_s
+    return patient.age_s < min(BIND_S, patient.startup_timeout_s)
 
 
 def _ready(patient: Patient) -> Probe:
-    seen = patient.client.ready()
+    seen = patient.readiness
     evidence = dict(seen.facts)
+    workers = [one for one in seen.facts.get("workers") or [] if isinstance(one, dict)]
+    down = [one for one in workers if one.get("phase") != "ready"]
     if seen.ready:
-        return Probe("ready", "ok", "ready", evidence=evidence)
-    why = ": ".join(part for part in (seen.phase, seen.reason) if part)
-    remedy = "wait for it with: zops health --wait; see why with: zops logs"
-    return Probe("ready", "failed", f"live but not ready: {why}", remedy, evidence=evidence)
+        lost = [one for one in down if one.get("restarts")]
+        if lost:
+            reason = f"{len(lost)} of {len(workers)} workers down: {_why(lost[0].get('phase'), lost[0].get('reason'))}"
+            remedy = f"see why with: {patient.logs}"
+            return degraded("ready", "worker-down", reason, remedy, **evidence)
+        return passed("ready", "ready", **evidence)
+    reason = f"live but not ready: {_why(seen.phase, seen.reason)}"
+    code = _unready_code(patient, any(one.get("restarts") for one in workers))
+    if code == "start-overdue":
+        reason += f", {patient.age_s:.0f} s after its start ({patient.startup_timeout_s:g} s are allowed)"
+    return failed("ready", code, reason, patient.wait, **evidence)
 
 
-def _gpu(patient: Patient) -> Probe:
-    if patient.asked.get("gpus", "none") == "none":
-        return Probe("gpu", "ok", "none asked for")
-    device = str(patient.info.get("device") or "")
-    evidence = {"device": device, "dtype": patient.info.get("dtype")}
-    # A restart gives the container the same lost devices; only a new one gets them back.
-    remedy = f"recreate it: zops down --name {patient.instance.name} && zops up --name {patient.instance.name}"
-    if device in {"", "cpu"}:
-        reason = f"a GPU is asked for, the instance computes on {device or 'nothing that it names'}"
-        return _failed("gpu", reason, remedy, **evidence)
-    return Probe("gpu", "ok", f"sees {device}", evidence=evidence)
+def _unready_code(patient: Patient, lost: bool) -> str:  # noqa: FBT001 - a fact of the same body, not an option
+    phase = patient.readiness.phase
+    if phase == "draining":
+        return "draining"
+    if lost or phase in _PHASES_AFTER_A_LOSS:
+        return "worker-down"
+    return "starting" if patient.age_s < patient.startup_timeout_s else "start-overdue"
 
 
-def _cache(patient: Patient) -> Probe:
-    served, expected = str(patient.info.get("manifest_digest") or ""), patient.expected_digest
-    writable = patient.info.get("snapshot_writable")
-    evidence = {"served": served, "expected": expected, "writable": writable}
-    if not served:
-        return _failed("cache", "the instance does not say which manifest it serves", "zops down, then zops up")
-    if expected and served != expected:
-        reason = f"serves manifest {served[:12]}, {expected[:12]} is expected"
-        return _failed("cache", reason, "zops cache verify, then zops up", **evidence)
-    if writable and patient.instance.runtime == "docker":
-        reason = "the cache is mounted so that the instance can write to it"
-        return Probe("cache", "degraded", reason, "zops down, then zops up", evidence=evidence)
-    return Probe("cache", "ok", f"serves manifest {served[:12]}", evidence=evidence)
+def _why(phase: object, reason: object) -> str:
+    return ": ".join(str(part) for part in (phase, reason) if part)
 
 
-def _canary(patient: Patient) -> Probe:
+def _queue(patient: Patient) -> Probe:
+    queue = patient.queue
+    if not queue:
+        return passed("queue", "it does not tell of its queue")
+    waiting, running, idle_s = (_number(queue.get(name)) for name in ("waiting", "running", "idle_s"))
+    limit_s = _patience_s(patient)
+    seen = dict(queue) | {"stuck_after_s": limit_s}
+    text = f"{waiting or 0:.0f} waiting, {running or 0:.0f} running"
+    if (waiting or running) and idle_s is not None and idle_s > limit_s:
+        reason = f"{text}, and nothing moved for {idle_s:.0f} s"
+        return failed("queue", "queue-stuck", reason, patient.anew, **seen)
+    return passed("queue", text, **seen)
+
+
+def _patience_s(patient: Patient) -> float:
+    """Return how long nothing may move while requests run; each forward moves."""
     serve = patient.asked.get("serve")
-    edge = int(serve.get("warmup_size", CANARY_EDGE)) if isinstance(serve, dict) else CANARY_EDGE
-    made = paint(patient.instance.url, edge=edge, timeout_s=patient.canary_timeout_s)
-    evidence = {
-        "sha256": hashlib.sha256(made.image.data).hexdigest(),
-        "seconds": round(made.seconds, 3),
-        "width": made.look.width,
-        "height": made.look.height,
-        "mean": round(made.look.mean, 2),
-        "deviation": round(made.look.deviation, 2),
-        "seed": SEED,
-    }
-    if made.fault:
-        remedy = "check the weights with: zops cache verify --deep; see what it did with: zops logs"
-        return _failed("canary", made.fault, remedy, **evidence)
-    return Probe("canary", "ok", f"an image of {edge} x {edge} in {made.seconds:.2f} s", evidence=evidence)
+    on_cpu = str(patient.facts.get("device") or "") == "cpu"
+    # On a CPU one forward of a large image can take minutes; the server itself ends it after the request's time.
+    allowed_s = _number(serve.get("request_timeout_s")) if on_cpu and isinstance(serve, dict) else None
+    return max(STUCK_S, allowed_s or 0.0)
 
 
-def _failed(layer: str, reason: str, remedy: str, **evidence: Any) -> Probe:
-    return Probe(layer, "failed", reason, remedy, evidence=evidence)
-
-
-def _last_lines(patient: Patient) -> list[str]:
-    if patient.runtime is None:
-        return []
-    try:
-        return list(islice(patient.runtime.logs(patient.instance.name, tail=LOG_LINES), LOG_LINES))
-    except ZopsError:
-        # The verdict stands without them.
-        return []
-
-
-def _age_s(started_at: str) -> float:
-    """Return the seconds since an ISO 8601 time; infinity when it is none."""
-    try:
-        began = datetime.fromisoformat(started_at)
-    except ValueError:
-        return float("inf")
-    return (datetime.now(UTC) - (began if began.tzinfo else began.replace(tzinfo=UTC))).total_seconds()
+def _number(value: object) -> float | None:
+    return float(value) if isinstance(value, int | float) else None

@@ -39,7 +39,7 @@ def wait_ready(url: str, *, timeout_s: float, alive: Callable[[], str | None], r
     """
     began = time.monotonic()
     client = Client(url, timeout_s=min(ASK_TIMEOUT_S, timeout_s))
-    phases = _Phases(report)
+    phases = Phases(report)
     pause = FIRST_PAUSE_S
     while True:
         seen = _ask(client)
@@ -73,7 +73,7 @@ def _not_ready(url: str, why: str, phase: str, seen: Readiness) -> NotReady:
     )
 
 
-class _Phases:
+class Phases:
     """Turns the phase that each poll sees into one started and one finished event a phase."""
 
     def __init__(self, report: Report) -> None:
@@ -83,6 +83,7 @@ class _Phases:
         self.current = ""
 
     def enter(self, phase: str) -> None:
+        """Begin a phase; the one before ends, and nothing happens while it is the same."""
         if phase == self.current:
             return
         self.close()
@@ -90,6 +91,7 @@ class _Phases:
         self._report(Started(f"ready:{phase}", f"instance: {phase}", unit=""))
 
     def close(self) -> tuple[tuple[str, float], ...]:
+        """End the present phase and return all of them with their seconds."""
         if self.current:
             seconds = time.monotonic() - self._since
             self._done.append((self.current, seconds))

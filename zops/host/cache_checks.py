@@ -6,7 +6,7 @@ from pathlib import Path
 from zops.errors import HostShort, ZopsError
 from zops.host.context import Context
 from zops.host.disk import nearest_existing
-from zops.host.doctor import Check, Finding, fail, ok, skipped, unseen, warn
+from zops.host.doctor import Check, Finding, fail, gigabytes, ok, skipped, unseen, warn
 
 # Left free when the cache is full: lock files, manifests, partial downloads of the largest shard's neighbour.
 SPARE_BYTES = 1_000_000_000
@@ -63,7 +63,7 @@ def _cache_system_disk(context: Context) -> Finding:
 def _cache_space(context: Context) -> Finding:
     """Free bytes and inodes against what the cache still lacks of the model."""
     disk, need = context.disk, context.need
-    free = _gigabytes(disk.free_bytes)
+    free = gigabytes(disk.free_bytes)
     seen = {"free_bytes": disk.free_bytes, "free_inodes": disk.free_inodes, "missing_bytes": need.disk_bytes}
     if need.disk_bytes is None:
         return skipped(f"the size of {context.spec.model} is not known before it is pulled ({free} free)")
@@ -71,13 +71,13 @@ def _cache_space(context: Context) -> Finding:
         return ok(f"nothing is missing, {free} free", **seen)
     remedy = f"free space on {disk.mount.path} (zops cache status), or set cache.dir to a larger disk"
     if disk.free_bytes < need.disk_bytes:
-        reason = f"{_gigabytes(need.disk_bytes)} are missing in the cache, {disk.mount.path} has {free} free"
+        reason = f"{gigabytes(need.disk_bytes)} are missing in the cache, {disk.mount.path} has {free} free"
         return fail(reason, remedy, **seen)
     if disk.free_inodes is not None and disk.free_inodes < need.files:
         return fail(f"{need.files} files are missing, {disk.mount.path} has {disk.free_inodes} inodes", remedy, **seen)
     if disk.free_bytes < need.disk_bytes + SPARE_BYTES:
-        return warn(f"{_gigabytes(need.disk_bytes)} will just fit into {free}", remedy, **seen)
-    return ok(f"{_gigabytes(need.disk_bytes)} will fit into {free}", **seen)
+        return warn(f"{gigabytes(need.disk_bytes)} will just fit into {free}", remedy, **seen)
+    return ok(f"{gigabytes(need.disk_bytes)} will fit into {free}", **seen)
 
 
 def _cache_speed(context: Context) -> Finding:
@@ -91,10 +91,10 @@ def _cache_speed(context: Context) -> Finding:
         return unseen(f"{file} cannot be read")
     seen = {"file": str(file), "bytes_per_second": round(speed), "cold_start_bytes": need.read_bytes}
     seconds = need.read_bytes / speed
-    reason = f"{speed / 1e6:.0f} MB/s: a cold start reads {_gigabytes(need.read_bytes)} in {seconds:.0f} s"
+    reason = f"{speed / 1e6:.0f} MB/s: a cold start reads {gigabytes(need.read_bytes)} in {seconds:.0f} s"
     slimmer = need.slim_bytes and need.slim_bytes < need.read_bytes * 0.9
     if slimmer:
-        reason += f" ({_gigabytes(need.slim_bytes)} in {need.slim_bytes / speed:.0f} s when slim)"
+        reason += f" ({gigabytes(need.slim_bytes)} in {need.slim_bytes / speed:.0f} s when slim)"
     if speed >= SLOW_BYTES_A_SECOND and seconds < context.spec.serve.startup_timeout_s:
         return ok(reason, **seen)
     remedy = "move the cache to a local SSD (cache.dir), or keep it in memory: zops cache warm"
@@ -128,10 +128,6 @@ def _cache_access(context: Context) -> Finding:
         # Not complete or not verified yet: the steps that bring it say so themselves.
         return skipped(error.message)
     return ok("every file can be read, no link leads out", **seen)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 CACHE_CHECKS: tuple[Check, ...] = (

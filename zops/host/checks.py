@@ -9,7 +9,7 @@ import sys
 
 from zops.host.cache_checks import CACHE_CHECKS
 from zops.host.context import Context
-from zops.host.doctor import Check, Finding, fail, ok, skipped, warn
+from zops.host.doctor import Check, Finding, fail, gigabytes, ok, skipped, warn
 from zops.host.engine_checks import ENGINE_CHECKS
 from zops.host.gpu_checks import GPU_CHECKS
 from zops.host.gpu_condition import GPU_CONDITION_CHECKS
@@ -50,7 +50,7 @@ def _serve_extra(context: Context) -> Finding:
 def _memory(context: Context) -> Finding:
     """Memory against what loading the model takes at its peak."""
     memory, need = context.memory, context.need.load_bytes
-    usable = _gigabytes(memory.usable_bytes)
+    usable = gigabytes(memory.usable_bytes)
     seen = {
         "total_bytes": memory.total_bytes,
         "available_bytes": memory.available_bytes,
@@ -61,16 +61,16 @@ def _memory(context: Context) -> Finding:
         return ok(f"{usable} available; what this model needs is not known", **seen)
     granted = context.spec.resources.memory
     if granted is not None and granted < need:
-        reason = f"resources.memory grants {_gigabytes(granted)}, loading takes {_gigabytes(need)}"
-        return fail(reason, f"set resources.memory to at least {_gigabytes(need)}", **seen)
+        reason = f"resources.memory grants {gigabytes(granted)}, loading takes {gigabytes(need)}"
+        return fail(reason, f"set resources.memory to at least {gigabytes(need)}", **seen)
     ceiling = min(memory.total_bytes, memory.limit_bytes or memory.total_bytes)
     if ceiling < need:
         remedy = "use a host with more memory, or a GPU instead of gpus: none"
-        return fail(f"loading takes {_gigabytes(need)}, this host has {_gigabytes(ceiling)}", remedy, **seen)
+        return fail(f"loading takes {gigabytes(need)}, this host has {gigabytes(ceiling)}", remedy, **seen)
     if memory.usable_bytes < need:
         remedy = "stop what uses memory; see it with: ps aux --sort -rss | head"
-        return warn(f"loading takes {_gigabytes(need)}, only {usable} are available now", remedy, **seen)
-    return ok(f"{usable} available, loading takes {_gigabytes(need)}", **seen)
+        return warn(f"loading takes {gigabytes(need)}, only {usable} are available now", remedy, **seen)
+    return ok(f"{usable} available, loading takes {gigabytes(need)}", **seen)
 
 
 def _memory_warm(context: Context) -> Finding:
@@ -82,12 +82,10 @@ def _memory_warm(context: Context) -> Finding:
     free = memory.available_bytes - need.load_bytes
     seen = {"available_bytes": memory.available_bytes, "load_bytes": need.load_bytes, "keep_bytes": need.read_bytes}
     if free >= need.read_bytes:
-        return ok(f"{_gigabytes(need.read_bytes)} of weights can stay in memory between starts", **seen)
-    reason = (
-        f"{_gigabytes(max(free, 0))} are left for keeping {_gigabytes(need.read_bytes)}: every start reads the disk"
-    )
+        return ok(f"{gigabytes(need.read_bytes)} of weights can stay in memory between starts", **seen)
+    reason = f"{gigabytes(max(free, 0))} are left for keeping {gigabytes(need.read_bytes)}: every start reads the disk"
     if 0 < need.slim_bytes <= free and need.slim_bytes < need.read_bytes:
-        return warn(reason, f"keep less, {_gigabytes(need.slim_bytes)}: zops cache slim", **seen)
+        return warn(reason, f"keep less, {gigabytes(need.slim_bytes)}: zops cache slim", **seen)
     return warn(reason, "stop what uses memory; see it with: ps aux --sort -rss | head", **seen)
 
 
@@ -105,10 +103,6 @@ def _port(context: Context) -> Finding:
         holder = context.senses.listener(serve.port) or Listener()
         return fail(f"port {serve.port} is taken by {holder}", f"stop it, or {remedy}", **seen, pid=holder.pid)
     return fail(f"{serve.host}:{serve.port} cannot be bound: {reason}", remedy, **seen)
-
-
-def _gigabytes(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 CHECKS: tuple[Check, ...] = (

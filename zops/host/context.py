@@ -11,6 +11,7 @@ from zops.host.cdi import CdiFacts, read_cdi
 from zops.host.devices import missing_char_links
 from zops.host.disk import Disk, disk_of, measure_read
 from zops.host.engine import EngineFacts, inspect, resolve
+from zops.host.fences import Fence, standing_fences
 from zops.host.gpu import Gpu, GpuFacts, read_gpus
 from zops.host.hub import Answer, Silence, ask
 from zops.host.kernel_log import KernelLog, read_xids
@@ -69,6 +70,7 @@ class Senses:
     cdi: Callable[[Sequence[str]], CdiFacts] = read_cdi
     missing_char_links: Callable[[], tuple[str, ...] | None] = missing_char_links
     kernel_log: Callable[[], KernelLog] = read_xids
+    fences: Callable[[], tuple[Fence, ...]] = standing_fences
     hub: Callable[[str, str], Answer | Silence] = ask
     why_not_bindable: Callable[[str, int], str] = why_not_bindable
     listener: Callable[[int], Listener | None] = find_listener
@@ -153,6 +155,11 @@ class Context:
     def kernel_log(self) -> KernelLog:
         """What the kernel's log says of the GPUs."""
         return self.senses.kernel_log()
+
+    @Fact
+    def fences(self) -> tuple[Fence, ...]:
+        """GPUs of this host that must not be used."""
+        return self.senses.fences()
 
     @Fact
     def hub(self) -> Answer | Silence:

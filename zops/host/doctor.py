@@ -83,6 +83,8 @@ class Check:
     judge: Callable[[Context], Finding]
     here: bool = False
     error: type[ZopsError] = HostShort
+    code: str = ""
+    """Code of the error with which a command stops because of it, where that is not the common one."""
 
     @property
     def looks_at(self) -> str:
@@ -228,9 +230,16 @@ def refusal(diagnosis: Diagnosis) -> ZopsError | None:
         return None
     first = failed[0]
     more = f" (and {len(failed) - 1} more)" if len(failed) > 1 else ""
-    return first.check.error(
+    error = first.check.error(
         f"this host is not fit: {first.check.title}: {first.finding.reason}{more}",
         code="host-unfit",
         hint=f"{first.finding.remedy}; see everything with: zops doctor",
         checks=[result.as_json() for result in failed],
     )
+    error.code = first.check.code or error.code
+    return error
+
+
+def gigabytes(count: float) -> str:
+    """Return a number of bytes as findings tell it."""
+    return f"{count / 1e9:.1f} GB"

@@ -199,6 +199,26 @@ def inspect(engine: str) -> EngineFacts:
         client.close()
 
 
+def read_labels(engine: str, image: str) -> Mapping[str, str] | None:
+    """Return the labels of an image, None when the engine does not have it.
+
+    Raises:
+        RuntimeUnreachable: saying what was tried and what to do.
+    """
+    import docker.errors  # noqa: PLC0415 - as in connect
+
+    client = connect(engine)
+    try:
+        with engine_errors(f"looking for the image {image}"):
+            return dict(client.images.get(image).labels)
+    except ZopsError as error:
+        if isinstance(error.__cause__, docker.errors.ImageNotFound):
+            return None
+        raise
+    finally:
+        client.close()
+
+
 def gpu_request(facts: EngineFacts, gpus: Gpus) -> dict[str, Any] | None:
     """Return the `DeviceRequest` that gives a container its GPUs, None when it wants none.
 

@@ -19,6 +19,8 @@ BFLOAT16_SINCE = (8, 0)
 SLOWDOWNS = {0x08: "hardware", 0x20: "heat, by the driver", 0x40: "heat, by the hardware", 0x80: "power brake"}
 FULL_SPEED_STATE = 0
 PROC = Path("/proc")
+NO_DRIVER = "no NVIDIA driver here (libnvidia-ml.so.1 not found)"
+"""What `GpuFacts.reason` says where there is not even the library: no GPU was given to this host or container."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +105,8 @@ class GpuFacts:
     cuda: str = ""
     """Newest CUDA version that the driver can run, for example 13.0."""
     reason: str = ""
+    lost: tuple[int, ...] = ()
+    """Indices of GPUs that fell off the bus, or that answer nothing before they are reset."""
 
 
 def read_gpus() -> GpuFacts:
@@ -169,17 +173,21 @@ def _read(nvml: Any) -> GpuFacts:
     cuda = _told(nvml, nvml.nvmlSystemGetCudaDriverVersion)
     gpus: list[Gpu] = []
     unreadable = ""
+    lost: list[int] = []
     for index in range(nvml.nvmlDeviceGetCount()):
         # A GPU that fell off the bus must not hide its healthy neighbours.
         try:
             gpus.append(_read_gpu(nvml, index))
         except nvml.NVMLError as error:
             unreadable = f"GPU {index} cannot be read: {_why(nvml, error)}"
+            if error.value in {nvml.NVML_ERROR_GPU_IS_LOST, nvml.NVML_ERROR_RESET_REQUIRED}:
+                lost.append(index)
     return GpuFacts(
         gpus=tuple(gpus),
         driver=driver or "",
         cuda=f"{cuda // 1000}.{cuda % 1000 // 10}" if cuda else "",
         reason=unreadable or ("" if gpus else "the driver is there but sees no GPU"),
+        lost=tuple(lost),
     )
 
 
@@ -272,7 +280,7 @@ def _told(nvml: Any, ask: Callable[[], Value]) -> Value | None:
 def _why(nvml: Any, error: Exception) -> str:
     """Say in the operator's words what an NVML error means."""
     meanings = {
-        nvml.NVML_ERROR_LIBRARY_NOT_FOUND: "no NVIDIA driver here (libnvidia-ml.so.1 not found)",
+        nvml.NVML_ERROR_LIBRARY_NOT_FOUND: NO_DRIVER,
         nvml.NVML_ERROR_DRIVER_NOT_LOADED: "the NVIDIA kernel driver is not loaded",
         nvml.NVML_ERROR_NO_PERMISSION: "no permission to talk to the NVIDIA driver",
         nvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH: "the NVIDIA library and kernel driver differ in version (reboot)",

@@ -2,7 +2,7 @@
 
 from zops.host.capacity import RESERVE_BYTES, largest_edge
 from zops.host.context import Context
-from zops.host.doctor import Check, Finding, fail, ok, skipped, unseen, warn
+from zops.host.doctor import Check, Finding, fail, gigabytes, ok, skipped, unseen, warn
 
 UNASKED = "zops.yaml asks for no GPU"
 NO_GPU = "use a CPU-only instance with: --gpus none"
@@ -99,23 +99,24 @@ def _gpu_memory(context: Context) -> Finding:
         "reserve_bytes": RESERVE_BYTES,
     }
     if not need.gpu_weights_bytes:
-        return ok(f"{_gb(total)}; what {context.spec.model} needs is not known", **seen)
+        return ok(f"{gigabytes(total)}; what {context.spec.model} needs is not known", **seen)
     weights, pixels = need.gpu_weights_bytes + RESERVE_BYTES, context.spec.serve.max_pixels
     edge = largest_edge(total, need.gpu_weights_bytes, need.gpu_activation_bytes / pixels)
     if edge == 0:
-        reason = f"GPU {smallest.index} has {_gb(total)}, the weights alone take {_gb(weights)}"
+        reason = f"GPU {smallest.index} has {gigabytes(total)}, the weights alone take {gigabytes(weights)}"
         return fail(reason, "use a GPU with 24 GB or more; see what fits with: zops doctor --capacity", **seen)
+    needs = gigabytes(largest)
     if total < largest:
         reason = (
-            f"GPU {smallest.index} has {_gb(total)}, an image of serve.max_pixels {pixels} needs about {_gb(largest)}"
+            f"GPU {smallest.index} has {gigabytes(total)}, an image of serve.max_pixels {pixels} needs about {needs}"
         )
         remedy = f"allow at most {edge} x {edge}: --set serve.max_pixels={edge * edge}"
         return fail(reason, remedy, **seen, largest_pixels=edge * edge)
     busy = [gpu for gpu in context.wanted_gpus if gpu.memory_free_bytes < largest]
     if busy and not context.own_ports:
-        reason = f"GPU {busy[0].index} has only {_gb(busy[0].memory_free_bytes)} free, about {_gb(largest)} are needed"
+        reason = f"GPU {busy[0].index} has only {gigabytes(busy[0].memory_free_bytes)} free, about {needs} are needed"
         return warn(reason, "see who uses it with: nvidia-smi", **seen)
-    return ok(f"{_gb(total)}, weights and the largest image need about {_gb(largest)}", **seen)
+    return ok(f"{gigabytes(total)}, weights and the largest image need about {needs}", **seen)
 
 
 def _gpu_bfloat16(context: Context) -> Finding:
@@ -158,10 +159,6 @@ def _gpu_processes(context: Context) -> Finding:
 def _version(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(".")
     return int(major), int(minor or 0)
-
-
-def _gb(count: float) -> str:
-    return f"{count / 1e9:.1f} GB"
 
 
 GPU_CHECKS: tuple[Check, ...] = (

@@ -51,6 +51,27 @@ def _gpu_condition(context: Context) -> Finding:
     return ok("no uncorrectable memory errors, no repair waits", gpus=seen)
 
 
+def _gpu_fenced(context: Context) -> Finding:
+    """Whether `zops watch` fenced a GPU that is asked for, because it failed."""
+    if context.spec.gpus == "none":
+        return skipped(UNASKED)
+    fences = [fence for fence in context.fences if fence.hits(context.spec.gpus)]
+    if not fences:
+        return ok("no GPU that is asked for is fenced", fenced=[fence.name for fence in context.fences])
+    first = fences[0]
+    gpu = next((gpu for gpu in context.wanted_gpus if first.is_for(gpu)), None)
+    lift = f"then: zops watch --unfence {first.name}"
+    cures = {
+        "reset": f"stop what uses it, then: {_reset(gpu)}; {lift}" if gpu else "sudo reboot",
+        "reboot": "sudo reboot, which lifts it",
+        "replace": f"have it replaced; {lift}",
+    }
+    cure = cures.get(first.action, lift)
+    rest = f"; leave it out meanwhile: {_without(context, gpu)}" if gpu else ""
+    seen = [fence.name for fence in fences]
+    return fail(f"GPU {first.name} is fenced: {first.because}", f"{cure}{rest}", fenced=seen)
+
+
 def _gpu_slowdown(context: Context) -> Finding:
     """What holds the clocks of the wanted GPUs down now, and how near they are to the temperature that does."""
     if found := unasked(context):
@@ -164,6 +185,7 @@ def _without(context: Context, gpu: Gpu) -> str:
 
 GPU_CONDITION_CHECKS: tuple[Check, ...] = (
     Check("gpu-condition", "memory errors of the GPUs", _gpu_condition, here=True),
+    Check("gpu-fenced", "GPUs that zops watch fenced", _gpu_fenced, here=True, code="gpu-fenced"),
     Check("gpu-slowdown", "clocks and temperature of the GPUs", _gpu_slowdown, here=True),
     Check("gpu-persistence", "persistence mode", _gpu_persistence, here=True),
     Check("gpu-link", "PCIe link of the GPUs", _gpu_link, here=True),

@@ -18,6 +18,7 @@ from zops.errors import RuntimeUnreachable
 CONNECT_TIMEOUT_S = 5
 # Resolving, connecting, authenticating; a smart card may need a touch.
 OPEN_TIMEOUT_S = 20.0
+CLOSE_TIMEOUT_S = 1.0
 POLL_S = 0.02
 REMOTE_SOCKET = "/var/run/docker.sock"
 
@@ -96,6 +97,11 @@ def _destination(url: str) -> list[str]:
 def _clean(ssh: "subprocess.Popen[bytes] | None", said: IO[str], directory: Path) -> None:
     if ssh is not None:
         ssh.terminate()
-        ssh.wait()
+        try:
+            ssh.wait(CLOSE_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            # One that hangs in the middle of a login must not keep the command from ending.
+            ssh.kill()
+            ssh.wait()
     said.close()
     shutil.rmtree(directory, ignore_errors=True)

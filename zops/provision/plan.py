@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,8 @@ class Step:
     name: str
     look: Callable[[], Look]
     act: Callable[[Report], str]
+    claimed: bool = False
+    """Whether nobody else may change the deployment from this step on, until one that is not claimed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +43,14 @@ class Outcome:
         return {"step": self.step, "state": self.state, "text": self.text, "seconds": round(self.seconds, 3)}
 
 
-def run(steps: Sequence[Step], report: Report, *, dry_run: bool = False, go_on: str = "") -> Iterator[Outcome]:
+def run(
+    steps: Sequence[Step],
+    report: Report,
+    *,
+    dry_run: bool = False,
+    go_on: str = "",
+    claim: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Iterator[Outcome]:
     """Run the steps in order and yield how each went; stop at the first that fails.
 
     Args:
@@ -48,22 +58,30 @@ def run(steps: Sequence[Step], report: Report, *, dry_run: bool = False, go_on: 
         report: where the steps report their progress.
         dry_run: only look, never act.
         go_on: the command that goes on after what failed was mended.
+        claim: keeps others from changing the deployment; held during claimed steps, unless the run is dry.
 
     Raises:
         ZopsError: the failing step's own error, its message naming the step, its hint ending with `go_on`.
     """
-    for step in steps:
-        began = time.monotonic()
-        try:
-            look = step.look()
-            if look.done or dry_run:
-                state: Literal["found", "would"] = "found" if look.done else "would"
-                yield Outcome(step.name, state, look.reason, time.monotonic() - began)
-                continue
-            text = step.act(report)
-        except ZopsError as error:
-            error.message = f"step {step.name} failed: {error.message}"
-            error.hint = "; then go on with: ".join(part for part in (error.hint, go_on) if part)
-            error.details["step"] = step.name
-            raise
-        yield Outcome(step.name, "done", text, time.monotonic() - began)
+    with ExitStack() as held:
+        has_claim = False
+        for step in steps:
+            began = time.monotonic()
+            try:
+                if step.claimed and not has_claim and not dry_run:
+                    held.enter_context(claim())
+                elif not step.claimed:
+                    held.close()
+                has_claim = step.claimed
+                look = step.look()
+                if look.done or dry_run:
+                    state: Literal["found", "would"] = "found" if look.done else "would"
+                    yield Outcome(step.name, state, look.reason, time.monotonic() - began)
+                    continue
+                text = step.act(report)
+            except ZopsError as error:
+                error.message = f"step {step.name} failed: {error.message}"
+                error.hint = "; then go on with: ".join(part for part in (error.hint, go_on) if part)
+                error.details["step"] = step.name
+                raise
+            yield Outcome(step.name, "done", text, time.monotonic() - began)

@@ -54,9 +54,11 @@ class Provision:
             Step("snapshot", self._snapshot_is_there, self._bring_snapshot),
             Step("verify", self._snapshot_is_verified, lambda report: hands.verify(self._snapshot().path, report)),
             Step("warm", self._snapshot_is_warm, lambda report: hands.warm(self._snapshot().path, report)),
-            Step("image", self._image_is_there, lambda report: hands.obtain_image(runtime, spec, report)),
-            Step("up", self._instance_is_up, lambda report: hands.up(runtime, deploy(spec), report)),
-            Step("ready", self._instance_is_ready, lambda report: hands.wait(runtime, deploy(spec), report)),
+            Step("image", self._image_is_there, lambda report: hands.obtain_image(runtime, spec, report), claimed=True),
+            Step("up", self._instance_is_up, lambda report: hands.up(runtime, deploy(spec), report), claimed=True),
+            Step(
+                "ready", self._instance_is_ready, lambda report: hands.wait(runtime, deploy(spec), report), claimed=True
+            ),
             Step("canary", self._canary_is_made, lambda _: hands.make_canary(deploy(spec), self._instance())),
         ]
 

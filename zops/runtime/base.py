@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -20,6 +21,10 @@ KEYS_MOUNT = "/keys"
 SERVE_PORT = 8000
 # Docker's default of ten seconds would cut a running generation; the server drains within request_timeout_s.
 STOP_GRACE_S = 15.0
+# What a sick instance gets to finish what it does before it is killed: long enough for an answer that is being sent.
+HEAL_GRACE_S = 3.0
+# Whoever deploys waits for another deploy of the same name: an image to be built, weights to be loaded.
+CLAIM_TIMEOUT_S = 3600.0
 
 LABEL = "io.zops"
 """Prefix of every label: `io.zops.deployment`, `.model`, `.manifest`, `.spec`, `.snapshot`, `.url`. Nothing without
@@ -271,6 +276,51 @@ class Runtime(Protocol):
         """Stop and remove the instance, letting it finish its requests; return whether there was one.
 
         What it compiled is kept for the next one, unless `volumes` says to remove that too.
+        """
+        ...
+
+    def claim(self, name: str, report: Report, *, timeout_s: float = CLAIM_TIMEOUT_S) -> AbstractContextManager[None]:
+        """Keep everybody else of this host from changing the deployment; see `zops.runtime.claim`.
+
+        Raises:
+            LockHeld: when another process holds it longer than `timeout_s`, naming that process.
+        """
+        ...
+
+    # What heals. These three never wait for somebody who deploys: they raise `LockHeld` at once. They need no
+    # specification: everything is taken from the instance as it is. Each lets it finish what it does for `grace_s`,
+    # kills it then, and raises `ZopsError` with code `instance-missing` when there is no such instance.
+
+    def restart(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the instance and start the very same one again; one that is only paused is resumed."""
+        ...
+
+    def recreate(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Put a new instance with the same options in the place of the old one: its devices and mounts are new."""
+        ...
+
+    def stop(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the instance so that nothing but `restart`, `recreate` or `up` starts it again; it is not removed."""
+        ...
+
+    def ask(
+        self, name: str, method: str, path: str, body: bytes | None = None, *, timeout_s: float, key: str = ""
+    ) -> tuple[int, bytes]:
+        """Put an HTTP question to the server from inside the instance; return status and body of the answer.
+
+        For instances whose port cannot be reached from here, because their engine is another host's.
+
+        Args:
+            name: of the deployment.
+            method: for example GET.
+            path: for example /readyz.
+            body: JSON to send.
+            timeout_s: longest time from the question to the last byte of the answer.
+            key: API key; it is passed on where no list of processes shows it.
+
+        Raises:
+            RuntimeUnreachable: `instance-unreachable` or `instance-timeout` when the instance does not answer.
+            ZopsError: `instance-missing` when there is none.
         """
         ...
 

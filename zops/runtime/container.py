@@ -90,6 +90,20 @@ def container_options(deployment: Deployment, facts: EngineFacts) -> dict[str, A
     }
 
 
+def same_options(attributes: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the body of `POST /containers/create` for a container that is as an existing one was made.
+
+    It names the very image of that one, by its hash: a tag may mean another image by now, and who heals updates
+    nothing. What the image itself says (environment, test of health) is in the answer too and the same once more.
+
+    Args:
+        attributes: the body of `GET /containers/ID/json`.
+    """
+    config, host = dict(attributes["Config"]), dict(attributes["HostConfig"])
+    config["Image"] = attributes["Image"]
+    return config | {"HostConfig": host}
+
+
 def _environment(deployment: Deployment, facts: EngineFacts) -> dict[str, str]:
     environment = container_environment(deployment, snapshot=snapshot_inside(deployment))
     # Inside, every address is bound: only out here is it known who reaches the port.
@@ -283,7 +297,7 @@ def instance_of(attributes: Mapping[str, Any], *, image_id: str = "") -> Instanc
     config, state = attributes["Config"], attributes["State"]
     found: Mapping[str, str] = config.get("Labels") or {}
     traits = _traits(found.get(f"{LABEL}.traits", ""))
-    image = str(config.get("Image", ""))
+    image = image_name(attributes)
     if image_id and attributes.get("Image") != image_id and "image" in traits:
         traits["image"] = f"{image} (an older one, {str(attributes.get('Image'))[:19]})"
     return Instance(
@@ -304,6 +318,13 @@ def instance_of(attributes: Mapping[str, Any], *, image_id: str = "") -> Instanc
         restarts=int(attributes.get("RestartCount") or 0),
         traits=traits,
     )
+
+
+def image_name(attributes: Mapping[str, Any]) -> str:
+    """Return the name of a container's image as the deployment has it; one that was recreated names a hash itself."""
+    config = attributes["Config"]
+    asked = _traits((config.get("Labels") or {}).get(f"{LABEL}.traits", "")).get("image")
+    return str(asked or config.get("Image", ""))
 
 
 def _traits(text: str) -> dict[str, object]:

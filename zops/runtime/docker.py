@@ -7,54 +7,57 @@ until then it waits, stopped, and is started again if the new one cannot be.
 Imported only by what needs an engine (see select.py): docker-py costs 100 ms.
 """
 
+import math
 import time
 import weakref
-from collections.abc import Iterator
-from contextlib import suppress
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from docker.errors import APIError, NotFound
 from docker.utils import parse_repository_tag
 
-from zops.errors import ZopsError
-from zops.events import Finished, Report, Started, task
+from zops.errors import RuntimeUnreachable, ZopsError
+from zops.events import Finished, Report, Started, Warned, task
 from zops.host.engine import EngineFacts, connect, engine_errors, read_facts, resolve
-from zops.runtime.base import LABEL, Deployment, Instance, drift
+from zops.once import once
+from zops.runtime.asking import ask_inside, question_environment
+from zops.runtime.base import CLAIM_TIMEOUT_S, HEAL_GRACE_S, LABEL, Deployment, Instance, drift
+from zops.runtime.claim import claim
 from zops.runtime.container import (
     compile_volume,
     container_name,
     container_options,
+    image_name,
     instance_of,
     require_readable,
+    same_options,
 )
 from zops.runtime.pulling import follow, pull_failed
 from zops.runtime.refusals import explain
+from zops.runtime.replacing import NEXT, choose_container, discard_container, stop_container
 from zops.spec import Spec
 
 if TYPE_CHECKING:
     from docker import DockerClient
     from docker.models.containers import Container
 
-# A dot is allowed in a container's name and not in a deployment's, so this can be no other deployment's container.
-NEXT = ".next"
-
 
 class DockerRuntime:
     """Instances as containers; connects when it is first asked something."""
 
-    WRITES = frozenset({"up", "down", "obtain_image"})
+    WRITES = frozenset({"up", "down", "obtain_image", "claim", "restart", "recreate", "stop"})
 
     def __init__(self, spec: Spec) -> None:
         self._engine = spec.engine
 
-    @cached_property
+    @once
     def _client(self) -> "DockerClient":
         client = connect(self._engine)
         weakref.finalize(self, client.close)
         return client
 
-    @cached_property
+    @once
     def _facts(self) -> EngineFacts:
         return read_facts(self._client, is_local=resolve(self._engine).is_local)
 
@@ -66,14 +69,15 @@ class DockerRuntime:
 
     def instances(self) -> list[Instance]:
         """Return every instance that carries our label, stopped ones included."""
-        return [self._instance(container) for container in self._labelled(f"{LABEL}.deployment")]
+        found: dict[str, list[Container]] = {}
+        for container in self._labelled(f"{LABEL}.deployment"):
+            found.setdefault(container.labels[f"{LABEL}.deployment"], []).append(container)
+        return [self._describe(choose_container(containers)) for containers in found.values()]
 
     def find(self, name: str) -> Instance | None:
         """Return the instance of a deployment, None when there is none."""
         containers = self._labelled(f"{LABEL}.deployment={name}")
-        # While one is being replaced there are two; the one with the plain name counts.
-        containers.sort(key=lambda container: container.name != container_name(name))
-        return self._instance(containers[0]) if containers else None
+        return self._describe(choose_container(containers)) if containers else None
 
     def has_image(self, spec: Spec) -> bool:
         """Tell whether the engine has the image."""
@@ -87,7 +91,7 @@ class DockerRuntime:
         """
         container = self._get(container_name(name))
         if container is None:
-            raise ZopsError(f"there is no instance {name}", code="instance-missing", hint="start it with: zops up")
+            raise _missing(name)
         with engine_errors(f"reading the log of {container.name}"):
             stream = container.logs(stream=True, follow=follow, tail="all" if tail is None else tail)
             try:
@@ -117,42 +121,79 @@ class DockerRuntime:
         Raises:
             HostShort: when the image, a GPU, memory or the port is missing; what ran before runs again.
         """
-        old = self._settle(deployment.name)
-        if old is None:
-            with task(report, "up", f"starting {container_name(deployment.name)}"):
-                return self._instance(self._make(deployment))
-        instance = self._instance(old)
-        if drift(deployment, instance) or instance.state == "dead":
-            with task(report, "up", f"recreating {old.name}, which differs"):
-                return self._instance(self._replace(old, deployment))
-        if instance.state in {"running", "restarting"}:
-            return instance
-        with task(report, "up", f"starting {old.name} again"):
-            if instance.state == "paused":
-                with engine_errors(f"resuming {old.name}"):
-                    old.unpause()
-            else:
-                self._start(old, deployment)
-            return self._instance(old)
+        with self.claim(deployment.name, report):
+            return self._instance(self._up(deployment, report))
 
     def down(self, name: str, report: Report, *, volumes: bool = False) -> bool:
         """Stop and remove the container, letting it finish its requests; return whether there was one."""
         self._get(container_name(name))  # refuses a stranger of that name
-        began = time.monotonic()
-        containers = self._labelled(f"{LABEL}.deployment={name}")
-        if containers:
-            report(Started("down", f"stop {container_name(name)}"))
-        with engine_errors(f"stopping {container_name(name)}"):
-            for container in containers:
-                _stop(container)
-                container.remove(v=True, force=True)
-        removed = volumes and self._remove_volume(name)
-        kept = not volumes and self._volume(name) is not None
+        with self.claim(name, report):
+            began = time.monotonic()
+            containers = self._labelled(f"{LABEL}.deployment={name}")
+            if containers:
+                report(Started("down", f"stop {container_name(name)}"))
+            with engine_errors(f"stopping {container_name(name)}"):
+                for container in containers:
+                    stop_container(container)
+                    container.remove(v=True, force=True)
+            removed = volumes and self._remove_volume(name)
+            kept = not volumes and self._volume(name) is not None
         if containers or removed:
             fate = f"; kept its volume {compile_volume(name)}" if kept else "; removed its volume" if removed else ""
             text = f"stopped and removed {container_name(name)}{fate}"
             report(Finished("down", text, time.monotonic() - began))
         return bool(containers)
+
+    def claim(self, name: str, report: Report, *, timeout_s: float = CLAIM_TIMEOUT_S) -> AbstractContextManager[None]:
+        """Keep everybody else of this host from changing the deployment."""
+        return claim(resolve(self._engine).url, name, report, timeout_s=timeout_s)
+
+    def restart(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the container and start it again, in one request, so that it runs again even if zops dies meanwhile."""
+        with self.claim(name, report, timeout_s=0):
+            container = self._present(name)
+            if container.status == "dead":  # it cannot be started again
+                return self.recreate(name, report, grace_s=grace_s)
+            doing = f"{'resuming' if container.status == 'paused' else 'restarting'} {container.name}"
+            with task(report, "restart", doing), engine_errors(doing):
+                if container.status == "paused":
+                    container.unpause()
+                else:
+                    container.restart(timeout=math.ceil(grace_s))
+            return self._instance(container)
+
+    def recreate(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Put a new container in the place of the old one, with the options that the engine remembers of that."""
+        with self.claim(name, report, timeout_s=0):
+            old = self._present(name)
+            options = same_options(old.attrs)
+            with task(report, "recreate", f"recreating {old.name}"):
+                return self._instance(self._replace(old, lambda name: self._create_as(options, name), report, grace_s))
+
+    def stop(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the container; the engine does not start it again, for it was stopped on purpose."""
+        with self.claim(name, report, timeout_s=0):
+            container = self._present(name)
+            doing = f"stopping {container.name}"
+            with task(report, "stop", doing), engine_errors(doing):
+                stop_container(container, grace_s)
+            return self._instance(container)
+
+    def ask(
+        self, name: str, method: str, path: str, body: bytes | None = None, *, timeout_s: float, key: str = ""
+    ) -> tuple[int, bytes]:
+        """Put an HTTP question to the server from inside its container; return status and body of the answer."""
+        instance = self.find(name)
+        if instance is None:
+            raise _missing(name)
+        question = question_environment(method, path, body, timeout_s=timeout_s, key=key)
+        try:
+            with engine_errors(f"asking {name} from inside"):
+                return ask_inside(self._client.api, instance.id, name, question, timeout_s=timeout_s)
+        except ZopsError as error:
+            if error.code == "engine-refused":  # it is paused, restarting, or has ended
+                raise RuntimeUnreachable(error.message, code="instance-unreachable") from error
+            raise
 
     # --- containers
 
@@ -191,6 +232,34 @@ class DockerRuntime:
             following.remove(force=True)
         return current
 
+    def _present(self, name: str) -> "Container":
+        """Return the deployment's container, tidied up and looked at anew."""
+        container = self._settle(name)
+        if container is None:
+            raise _missing(name)
+        with engine_errors(f"looking at {container.name}"):
+            container.reload()
+        return container
+
+    def _up(self, deployment: Deployment, report: Report) -> "Container":
+        old = self._settle(deployment.name)
+        if old is None:
+            with task(report, "up", f"starting {container_name(deployment.name)}"):
+                return self._make(deployment)
+        instance = self._instance(old)
+        if drift(deployment, instance) or instance.state == "dead":
+            with task(report, "up", f"recreating {old.name}, which differs"):
+                return self._replace(old, lambda name: self._create(deployment, name), report, deployment=deployment)
+        if instance.state in {"running", "restarting"}:
+            return old
+        with task(report, "up", f"starting {old.name} again"):
+            if instance.state == "paused":
+                with engine_errors(f"resuming {old.name}"):
+                    old.unpause()
+            else:
+                self._start(old, deployment)
+            return old
+
     def _make(self, deployment: Deployment) -> "Container":
         had_volume = self._volume(deployment.name) is not None
         try:
@@ -198,7 +267,7 @@ class DockerRuntime:
             try:
                 self._start(container, deployment)
             except BaseException:
-                _discard(container)
+                discard_container(container)
                 raise
         except BaseException:
             if not had_volume:
@@ -206,19 +275,39 @@ class DockerRuntime:
             raise
         return container
 
-    def _replace(self, old: "Container", deployment: Deployment) -> "Container":
-        name = container_name(deployment.name)
-        fresh = self._create(deployment, name + NEXT)
+    def _replace(
+        self,
+        old: "Container",
+        create: "Callable[[str], Container]",
+        report: Report,
+        grace_s: float | None = None,
+        *,
+        deployment: Deployment | None = None,
+    ) -> "Container":
+        """Put what `create` makes of a name in the place of a container; if that cannot be started, nothing changes.
+
+        Args:
+            old: the container.
+            create: makes the new one.
+            report: is told when the old one could not be started again.
+            grace_s: seconds that the old one gets to stop; by default those that it was made with.
+            deployment: what the new one is made of, where an operator could change that after an error.
+        """
+        name = str(old.name)
+        fresh = create(name + NEXT)
         was_running = old.status == "running"
         try:
             with engine_errors(f"stopping {name}"):
-                _stop(old)
+                stop_container(old, grace_s)
             self._start(fresh, deployment)
         except BaseException:
-            _discard(fresh)
+            discard_container(fresh)
             if was_running:
-                with engine_errors(f"starting the previous {name} again"):
-                    old.start()
+                try:
+                    with engine_errors(f"starting the previous {name} again"):
+                        old.start()
+                except ZopsError as error:  # the one that is on its way matters more
+                    report(Warned(error.message))
             raise
         with engine_errors(f"removing the previous {name}"):
             old.remove(v=True, force=True)
@@ -229,26 +318,35 @@ class DockerRuntime:
         options = container_options(deployment, self._facts)
         if self._facts.is_local:
             require_readable(deployment, self._facts)
+        return self._create_as(options, full_name, deployment)
 
+    def _create_as(self, options: dict[str, Any], full_name: str, deployment: Deployment | None = None) -> "Container":
         with engine_errors(f"creating {full_name}"):
             try:
                 made = self._client.api.create_container_from_config(options, full_name)  # type: ignore[no-untyped-call] # its stub has no types
             except APIError as error:
+                if deployment is None:
+                    raise
                 raise explain(error, deployment, f"creating {full_name}") from error
             return self._client.containers.get(made["Id"])
 
-    def _start(self, container: "Container", deployment: Deployment) -> None:
-
+    def _start(self, container: "Container", deployment: Deployment | None) -> None:
         with engine_errors(f"starting {container.name}"):
             try:
                 container.start()
             except APIError as error:
+                if deployment is None:
+                    raise
                 raise explain(error, deployment, f"starting {container.name}") from error
 
     def _instance(self, container: "Container") -> Instance:
         with engine_errors(f"looking at {container.name}"):
             container.reload()
-        return instance_of(container.attrs, image_id=self._image_id(str(container.attrs["Config"].get("Image", ""))))
+        return self._describe(container)
+
+    def _describe(self, container: "Container") -> Instance:
+        """Return a container as it was when the engine was last asked: it may be gone by now."""
+        return instance_of(container.attrs, image_id=self._image_id(image_name(container.attrs)))
 
     # --- images and volumes
 
@@ -286,16 +384,8 @@ class DockerRuntime:
         return True
 
 
-def _stop(container: "Container") -> None:
-    """Stop a container within the time that it was made with; the engine kills it afterwards."""
-    timeout_s = container.attrs["Config"].get("StopTimeout")
-    container.stop(**({} if timeout_s is None else {"timeout": timeout_s}))
-
-
-def _discard(container: "Container") -> None:
-    """Remove a container that came to nothing; the error that is on its way matters more than one of this."""
-    with suppress(ZopsError), engine_errors(f"removing {container.name}"):
-        container.remove(v=True, force=True)
+def _missing(name: str) -> ZopsError:
+    return ZopsError(f"there is no instance {name}", code="instance-missing", hint="start it with: zops up")
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[str]:

@@ -108,15 +108,21 @@ def build_image(engine: str, image: Image, report: Report, *, tag: str | None = 
     with (
         task(report, "image-build", f"building {name}", unit="steps"),
         tempfile.TemporaryDirectory(prefix="zops-build-") as temporary,
+        tempfile.TemporaryDirectory(prefix="zops-built-") as output,
         log.open("w", encoding="utf-8") as stream,
     ):
         context = Path(temporary)
         assemble(context, image)
-        argv = builder.argv(engine, build_arguments(context, image, name, os.environ))
-        environment = builder.environment(engine, os.environ)
-        status, tail = run_build(argv, environment=environment, log=stream, report=report)
-        if status != 0:
-            raise _failure(name, image, tail, log)
+
+        def build(arguments: list[str]) -> None:
+            argv, environment = builder.argv(engine, arguments), builder.environment(engine, os.environ)
+            status, tail = run_build(argv, environment=environment, log=stream, report=report)
+            if status != 0:
+                raise _failure(name, image, tail, log)
+
+        arguments = build_arguments(context, image, os.environ)
+        build([*arguments, *_only_torch(output), str(context)])
+        build([*arguments, *_with_torch(output), f"--tag={name}", str(context)])
     present = find_image(engine, name)
     if present is None:
         raise ZopsError(f"the build of {name} ended well, but the engine does not have it", code="image-not-loaded")
@@ -194,8 +200,8 @@ def assemble(context: Path, image: Image, package: Path | None = None) -> None:
             _link(wheel, context / WHEELS / wheel.name)
 
 
-def build_arguments(context: Path, image: Image, name: str, environ: Mapping[str, str]) -> list[str]:
-    """Return the arguments of the build, whatever command runs it."""
+def build_arguments(context: Path, image: Image, environ: Mapping[str, str]) -> list[str]:
+    """Return the arguments of the build, whatever command runs it, but for what is to become of it."""
     values = {
         "BASE": image.base,
         "TORCH_INDEX": image.torch_index or "",
@@ -210,7 +216,18 @@ def build_arguments(context: Path, image: Image, name: str, environ: Mapping[str
     arguments += [f"--build-arg={key}" for proxy in PROXIES for key in (proxy, proxy.lower()) if environ.get(key)]
     if image.ca:
         arguments.append(f"--secret=id=ca,src={image.ca.expanduser()}")
-    return [*arguments, f"--file={context / DOCKERFILE}", f"--tag={name}", str(context)]
+    return [*arguments, f"--file={context / DOCKERFILE}"]
+
+
+def _only_torch(output: str) -> list[str]:
+    """Return the arguments that have the build write down which torch it found, and make no image."""
+    return ["--target=torch", f"--output=type=local,dest={output}"]
+
+
+def _with_torch(output: str) -> list[str]:
+    """Return the arguments for the labels of the image, which nothing inside the build could set."""
+    version, cuda = (Path(output) / "torch.txt").read_text(encoding="utf-8").split()
+    return [f"--build-arg=TORCH={version}", f"--build-arg=TORCH_CUDA={cuda}"]
 
 
 def _refuse_impossible(image: Image, name: str) -> None:

@@ -16,6 +16,7 @@ from typing import Any, cast
 from zops.errors import RuntimeUnreachable, ZopsError
 from zops.events import Finished, Report, Started, Warned
 from zops.runtime.base import LABEL, STOP_GRACE_S, Deployment, Instance, State
+from zops.runtime.kubernetes_heals import LeftToTheCluster
 from zops.runtime.kubernetes_render import NAMESPACE, Manifest, caveats, render
 from zops.spec import Spec
 
@@ -33,10 +34,10 @@ REMOVED_KINDS = "deployments,services,poddisruptionbudgets,networkpolicies"
 _CHATTER = re.compile(r"^(Warning:|[EWIF]\d{4} )")
 
 
-class KubernetesRuntime:
+class KubernetesRuntime(LeftToTheCluster):
     """Runs a deployment in the cluster that kubectl's current context names, in the namespace `zops`."""
 
-    WRITES = frozenset({"up", "down", "obtain_image"})
+    WRITES = frozenset({"up", "down", "obtain_image", "claim", "restart", "recreate", "stop"})
 
     def __init__(self, spec: Spec) -> None:
         """Take the specification as every runtime does; which cluster is meant is kubectl's to say, not the file's."""

@@ -7,30 +7,37 @@ of the caller's environment is listed here: keys and tokens of the operator are 
 import os
 import select
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from zops import __version__
-from zops.cache.lock import hold
 from zops.errors import HostShort, ZopsError
 from zops.events import Finished, Report, Started, Warned, task
 from zops.host.gpu import read_gpus
 from zops.host.paths import state_dir
 from zops.host.ports import find_listener, why_not_bindable
-from zops.runtime.base import Deployment, Instance, State, drift, serve_environment
+from zops.runtime.asking import ASK_MODULE, WAY_S, question_environment, read_answer, too_late
+from zops.runtime.base import (
+    CLAIM_TIMEOUT_S,
+    HEAL_GRACE_S,
+    Deployment,
+    Instance,
+    State,
+    drift,
+    serve_environment,
+)
+from zops.runtime.claim import claim
 from zops.runtime.logfile import read_lines
-from zops.runtime.supervisor import SETTLE_S, Identity, read_identity, read_json, read_status, write_file
+from zops.runtime.place import Place, end_instance
+from zops.runtime.supervisor import read_status, write_file
 from zops.spec import Spec
 
 SERVE_ARGV = (sys.executable, "-m", "zops", "serve")
-LOCK_TIMEOUT_S = 10.0
 # Starting a Python interpreter from a cold disk takes seconds.
 START_TIMEOUT_S = 30.0
 
@@ -38,23 +45,6 @@ _KEPT = frozenset({
     "PATH", "HOME", "USER", "LOGNAME", "LANG", "TZ", "TMPDIR", "LD_LIBRARY_PATH", "PYTHONPATH", "VIRTUAL_ENV",
 })  # fmt: skip
 _KEPT_PREFIXES = ("LC_", "CUDA_", "NVIDIA_", "NCCL_", "OMP_", "MKL_", "TORCH_", "PYTORCH_")
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """The directory of one instance, and what lies in it."""
-
-    path: Path
-
-    @property
-    def record(self) -> dict[str, Any] | None:
-        return read_json(self.path / "instance.json")
-
-    @property
-    def supervisor(self) -> Identity | None:
-        """The supervisor, None when it does not live."""
-        identity = read_identity(self.path / "pid")
-        return identity if identity and identity.alive else None
 
 
 class ProcessRuntime:
@@ -65,7 +55,7 @@ class ProcessRuntime:
         argv: what is run as an instance; `zops serve` with this very interpreter by default.
     """
 
-    WRITES = frozenset({"up", "down", "obtain_image"})
+    WRITES = frozenset({"up", "down", "obtain_image", "claim", "restart", "recreate", "stop"})
 
     def __init__(self, spec: Spec | None = None, *, argv: Sequence[str] = SERVE_ARGV) -> None:
         del spec  # taken so that every runtime is made in the same way
@@ -102,7 +92,7 @@ class ProcessRuntime:
         """
         place = self._place(name)
         if place.record is None:
-            raise ZopsError(f"there is no instance {name}", code="instance-missing", hint="start it with: zops up")
+            raise _missing(name)
         return read_lines(place.path / "log", tail=tail, going_on=lambda: follow and place.supervisor is not None)
 
     # --- writes
@@ -120,7 +110,8 @@ class ProcessRuntime:
         _require_gpus(deployment)
         if deployment.spec.resources.memory:
             report(Warned("resources.memory is not enforced by runtime: process"))
-        with self._locked(deployment.name, report):
+        self._require_state()
+        with self.claim(deployment.name, report):
             old = self.find(deployment.name)
             differs = old is not None and bool(drift(deployment, old))
             if old and not differs and old.state in {"running", "restarting"}:
@@ -136,37 +127,84 @@ class ProcessRuntime:
         place = self._place(name)
         there = place.path.exists()
         if there:
-            with self._locked(name, report):
+            with self.claim(name, report):
                 began = time.monotonic()
                 report(Started("down", f"stop {name}"))
-                _stop(place)
+                end_instance(place)
                 shutil.rmtree(place.path)
                 report(Finished("down", f"stopped and removed {name}", time.monotonic() - began))
         if volumes:
             shutil.rmtree(self._compile_dir(name), ignore_errors=True)
         return there
 
+    def claim(self, name: str, report: Report, *, timeout_s: float = CLAIM_TIMEOUT_S) -> AbstractContextManager[None]:
+        """Keep everybody else from changing the deployment."""
+        return claim(f"process:{self._state}", name, report, timeout_s=timeout_s)
+
+    def restart(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the process and start it again as it was started the last time."""
+        with self.claim(name, report, timeout_s=0):
+            place, record = self._recorded(name)
+            with task(report, "restart", f"restarting {name}"):
+                end_instance(place, grace_s)
+                self._launch(place, record)
+            return _instance(name, place, record)
+
+    def recreate(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Do what `restart` does: a new process has new devices, and the mounts are the host's own."""
+        return self.restart(name, report, grace_s=grace_s)
+
+    def stop(self, name: str, report: Report, *, grace_s: float = HEAL_GRACE_S) -> Instance:
+        """Stop the process and its supervisor; what is known of it stays."""
+        with self.claim(name, report, timeout_s=0):
+            place, record = self._recorded(name)
+            with task(report, "stop", f"stopping {name}"):
+                end_instance(place, grace_s)
+            return _instance(name, place, record)
+
+    def ask(
+        self, name: str, method: str, path: str, body: bytes | None = None, *, timeout_s: float, key: str = ""
+    ) -> tuple[int, bytes]:
+        """Put an HTTP question to the server with its own interpreter; return status and body of the answer."""
+        _, record = self._recorded(name)
+        question = question_environment(method, path, body, timeout_s=timeout_s, key=key)
+        try:
+            asked = subprocess.run(
+                [sys.executable, "-m", ASK_MODULE],
+                env=record["environment"] | question,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                timeout=timeout_s + WAY_S,
+                check=False,
+            )
+        except subprocess.TimeoutExpired as error:
+            raise too_late(name) from error
+        return read_answer(name, asked.returncode, asked.stdout, asked.stderr)
+
     # --- how
 
-    def _place(self, name: str) -> _Place:
-        return _Place(self._state / "instances" / name)
+    def _recorded(self, name: str) -> tuple[Place, dict[str, Any]]:
+        place = self._place(name)
+        record = place.record
+        if record is None:
+            raise _missing(name)
+        return place, record
+
+    def _place(self, name: str) -> Place:
+        return Place(self._state / "instances" / name)
 
     def _compile_dir(self, name: str) -> Path:
         return self._state / "compile" / name
 
-    @contextmanager
-    def _locked(self, name: str, report: Report) -> Iterator[None]:
-        directory = self._place(name).path.parent
+    def _require_state(self) -> None:
         try:
-            directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+            (self._state / "instances").mkdir(parents=True, exist_ok=True, mode=0o700)
         except OSError as error:
             raise HostShort(
                 f"cannot write in {error.filename}: {error.strerror}",
                 code="state-not-writable",
                 hint="name a directory for state that this user may write in ZOPS_STATE_DIR",
             ) from error
-        with hold(directory / f".{name}.lock", report, timeout_s=LOCK_TIMEOUT_S):
-            yield
 
     def _start(self, deployment: Deployment, old: Instance | None, report: Report) -> None:
         place = self._place(deployment.name)
@@ -174,7 +212,7 @@ class ProcessRuntime:
         if old is None or old.url != deployment.url:
             _require_port(deployment)  # before anything that runs is stopped
         if former:
-            _stop(place)
+            end_instance(place)
         try:
             _require_port(deployment)
             self._launch(place, self._record(deployment, place))
@@ -186,7 +224,7 @@ class ProcessRuntime:
                 shutil.rmtree(place.path, ignore_errors=True)
             raise
 
-    def _record(self, deployment: Deployment, place: _Place) -> dict[str, Any]:
+    def _record(self, deployment: Deployment, place: Place) -> dict[str, Any]:
         resources = deployment.spec.resources
         return {
             "name": deployment.name,
@@ -204,7 +242,7 @@ class ProcessRuntime:
             "log_files": resources.log_files,
         }
 
-    def _environment(self, deployment: Deployment, place: _Place) -> dict[str, str]:
+    def _environment(self, deployment: Deployment, place: Place) -> dict[str, str]:
         spec = deployment.spec
         environment = _inherited(os.environ) | serve_environment(
             deployment,
@@ -231,7 +269,7 @@ class ProcessRuntime:
             }
         return environment
 
-    def _launch(self, place: _Place, record: dict[str, Any]) -> None:
+    def _launch(self, place: Place, record: dict[str, Any]) -> None:
         """Start a supervisor and wait until it has started its child."""
         place.path.mkdir(mode=0o700, exist_ok=True)
         (place.path / "status.json").unlink(missing_ok=True)
@@ -254,7 +292,7 @@ class ProcessRuntime:
                 os.close(writing)
             said = answer.read() if select.select([answer], [], [], START_TIMEOUT_S)[0] else "no answer in time"
         if said != "started":
-            _stop(place)
+            end_instance(place)
             last = list(read_lines(place.path / "log", tail=1))
             raise ZopsError(
                 f"{record['name']} could not be started: {said or ''.join(last) or 'its supervisor ended'}",
@@ -262,7 +300,7 @@ class ProcessRuntime:
             )
 
 
-def _instance(name: str, place: _Place, record: Mapping[str, Any]) -> Instance:
+def _instance(name: str, place: Place, record: Mapping[str, Any]) -> Instance:
     supervisor = place.supervisor
     status = read_status(place.path)
     state: State = "exited"
@@ -286,34 +324,8 @@ def _instance(name: str, place: _Place, record: Mapping[str, Any]) -> Instance:
     )
 
 
-def _stop(place: _Place) -> None:
-    """End supervisor and child; a child whose supervisor was killed is ended as well."""
-    grace_s = float((place.record or {}).get("grace_s", 0))
-    supervisor, child = place.supervisor, read_status(place.path).child
-    if supervisor:
-        _end(supervisor, grace_s + 2 * SETTLE_S)
-    if child and child.alive:
-        _end(child, grace_s)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
-
-
-def _end(identity: Identity, grace_s: float) -> None:
-    """End a process and return when it has ended; the descriptor keeps its number from being another's meanwhile."""
-    try:
-        descriptor = os.pidfd_open(identity.pid)
-    except ProcessLookupError:
-        return
-    try:
-        for order, wait_s in ((signal.SIGTERM, grace_s), (signal.SIGKILL, SETTLE_S)):
-            if not identity.alive:
-                return
-            signal.pidfd_send_signal(descriptor, order)
-            select.select([descriptor], [], [], wait_s)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(descriptor)
+def _missing(name: str) -> ZopsError:
+    return ZopsError(f"there is no instance {name}", code="instance-missing", hint="start it with: zops up")
 
 
 def _inherited(environ: Mapping[str, str]) -> dict[str, str]:

@@ -25,3 +25,16 @@ def open_local_runtimes(spec: Spec) -> list[Runtime]:
 
     chosen = open_runtime(spec)
     return [chosen] if spec.runtime == "process" else [chosen, ProcessRuntime(spec)]
+
+
+def is_remote(spec: Spec) -> bool:
+    """Tell whether instances run on another host, so that loopback addresses and paths of theirs are not ours.
+
+    Raises:
+        RuntimeUnreachable: when the specification names a docker context that does not exist.
+    """
+    if spec.runtime != "docker":
+        return False
+    from zops.host.engine import resolve  # noqa: PLC0415 - as the others
+
+    return not resolve(spec.engine).is_local

@@ -94,6 +94,11 @@ def read_status(directory: Path) -> Status:
     )
 
 
+def write_status(directory: Path, status: Status) -> None:
+    """Write what is known of a child."""
+    write_file(directory / "status.json", asdict(status))
+
+
 def read_json(path: Path) -> dict[str, Any] | None:
     """Return the object in a JSON file, None when it is missing or broken."""
     try:
@@ -257,7 +262,7 @@ class Supervisor:
         )
         # Advisory: a full disk must not end an instance that serves.
         with suppress(OSError):
-            write_file(self._directory / "status.json", asdict(self._status))
+            write_status(self._directory, self._status)
 
 
 def main() -> None:

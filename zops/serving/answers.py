@@ -85,12 +85,47 @@ class Live(TypedDict):
     status: Literal["live"]
 
 
-class Queue(TypedDict):
-    """Requests that wait and run, and how many may wait."""
+class Moved(TypedDict):
+    """How long the oldest request waits, how long nothing was done for those there are, and what was done in all."""
+
+    oldest_s: float | None
+    idle_s: float | None
+    made: int
+
+
+class Queue(Moved):
+    """Requests that wait and run, how many may wait, and whether the workers get on."""
 
     waiting: int
     running: int
     limit: int
+
+
+class GpuState(TypedDict):
+    """One GPU as NVML shows it inside the instance; memory in bytes, temperature in degrees Celsius."""
+
+    index: int
+    uuid: str
+    name: str
+    memory_used: int
+    memory_total: int
+    temperature: int | None
+    ecc_uncorrected: int | None
+
+
+class GpusState(TypedDict):
+    """The GPUs that NVML shows inside the instance, and what is wrong with that."""
+
+    error: str
+    devices: list[GpuState]
+
+
+class SnapshotState(TypedDict):
+    """The snapshot on the mounted disk as it is now."""
+
+    manifest_digest: str
+    writable: bool
+    error: str
 
 
 class CardState(TypedDict):
@@ -128,6 +163,8 @@ class _Facts(TypedDict):
     versions: dict[str, str]
     workers: list[WorkerState]
     queue: Queue
+    gpus: GpusState | None
+    snapshot: SnapshotState | None
 
 
 class Readiness(_Facts):

@@ -23,6 +23,7 @@ from zops.serving.probes import add_models, add_probes
 from zops.serving.request import Limits
 from zops.serving.security import describe_access
 from zops.serving.studio import Identity, Studio
+from zops.serving.surroundings import Surroundings
 from zops.serving.web import add_page
 
 if TYPE_CHECKING:
@@ -56,9 +57,25 @@ PATHS = {
 
 
 def create_app(
-    scheduler: "Scheduler", limits: Limits, identity: Identity, metrics: Metrics, *, keyed: bool = False
+    scheduler: "Scheduler",
+    limits: Limits,
+    identity: Identity,
+    metrics: Metrics,
+    *,
+    surroundings: Surroundings | None = None,
+    keyed: bool = False,
 ) -> FastAPI:
-    """Build the application around a scheduler that was begun; `keyed` says that the gate before it wants API keys."""
+    """Build the application around a scheduler that was begun.
+
+    Args:
+        scheduler: makes the images.
+        limits: of requests.
+        identity: what is served.
+        metrics: where numbers go.
+        surroundings: what sees GPUs and disk; by default one that does not look.
+        keyed: whether the gate before it wants API keys.
+    """
+    surroundings = surroundings or Surroundings(identity.snapshot, ())
     app = FastAPI(
         title="zops",
         version=__version__,
@@ -73,7 +90,7 @@ def create_app(
         add_images(Desk(studio, metrics, jobs)),
         add_jobs(jobs),
         add_models(identity),
-        add_probes(scheduler, limits, identity, metrics),
+        add_probes(scheduler, limits, identity, metrics, surroundings),
     )
     for router in routers:
         app.router.routes.extend(router.routes)  # flat: an included router would hide its paths from `allowed_methods`

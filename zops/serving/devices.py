@@ -55,6 +55,15 @@ def plan_workers(
     return tuple(Seat(None if alone else ",".join(group), cards=each) for group in groups[:wanted])
 
 
+def wanted_gpus(spec: Spec, environ: Mapping[str, str] = os.environ) -> tuple[str, ...] | None:
+    """Return the names (index or UUID) of the GPUs that this process may use; None for all, empty for none."""
+    if spec.gpus == "none":
+        return ()
+    if VISIBLE in environ:
+        return tuple(_listed(environ[VISIBLE]))
+    return None if spec.gpus == "all" else tuple(str(gpu) for gpu in spec.gpus)
+
+
 def _visible(spec: Spec, environ: Mapping[str, str], read: Callable[[], GpuFacts]) -> list[str]:
     """Return the names of the visible GPUs; empty when there is none or it cannot be told."""
     if VISIBLE in environ:

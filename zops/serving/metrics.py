@@ -5,11 +5,12 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, cast
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
+from zops.serving.answers import GpusState, Queue, SnapshotState
 from zops.serving.messages import Ready
 
 # An image takes 0.2 to 5 s on current GPUs, and there the buckets are fine; the text encoder takes a few hundredths of
@@ -50,6 +51,17 @@ METRICS: dict[str, MetricKind] = {
     "zops_retried_total": MetricKind("counter", (), "pictures made again because their worker was lost"),
     "zops_gpu_memory_used_bytes": MetricKind("gauge", ("worker", "card"), "memory in use on a GPU of the worker"),
     "zops_gpu_memory_total_bytes": MetricKind("gauge", ("worker", "card"), "memory of a GPU of the worker"),
+    "zops_oldest_waiting_seconds": MetricKind("gauge", (), "how long the oldest waiting request waits"),
+    "zops_idle_seconds": MetricKind("gauge", (), "since the last forward or picture, while something waits or runs"),
+    "zops_gpus": MetricKind("gauge", (), "GPUs that NVML shows inside the instance"),
+    "zops_gpu_error": MetricKind("gauge", (), "1 while NVML fails inside the instance, hangs, or misses a GPU"),
+    "zops_gpu_temperature_celsius": MetricKind("gauge", ("gpu",), "temperature of a GPU"),
+    "zops_gpu_ecc_uncorrected": MetricKind(
+        "gauge", ("gpu",), "uncorrectable memory errors since the driver was loaded"
+    ),
+    "zops_snapshot_error": MetricKind(
+        "gauge", (), "1 while the snapshot on the disk is gone or not as its manifest says"
+    ),
     "zops_cache_hit_bytes": MetricKind("gauge", ("worker",), "weights read from the local disk at the last start"),
     "zops_cache_hit_seconds": MetricKind("gauge", ("worker",), "how long that took"),
     "zops_start_phase_seconds": MetricKind("gauge", ("phase",), "phases of the worker's last start"),
@@ -97,6 +109,13 @@ class Metrics:
         self.retried = self._counter("zops_retried_total")
         self._memory_used = self._gauge("zops_gpu_memory_used_bytes")
         self._memory_total = self._gauge("zops_gpu_memory_total_bytes")
+        self._oldest_waiting = self._gauge("zops_oldest_waiting_seconds")
+        self._idle = self._gauge("zops_idle_seconds")
+        self._gpus = self._gauge("zops_gpus")
+        self._gpu_error = self._gauge("zops_gpu_error")
+        self._gpu_temperature = self._gauge("zops_gpu_temperature_celsius")
+        self._gpu_ecc = self._gauge("zops_gpu_ecc_uncorrected")
+        self._snapshot_error = self._gauge("zops_snapshot_error")
         self._cache_bytes = self._gauge("zops_cache_hit_bytes")
         self._cache_seconds = self._gauge("zops_cache_hit_seconds")
         self.start_phase = self._gauge("zops_start_phase_seconds")
@@ -136,6 +155,24 @@ class Metrics:
         for card, (used, total) in enumerate(cards):
             self._memory_used.labels(str(worker), str(card)).set(used)
             self._memory_total.labels(str(worker), str(card)).set(total)
+
+    def tell_queue(self, queue: Queue) -> None:
+        """Publish since when the queue waits and the workers stand still; 0 where neither does."""
+        self._oldest_waiting.set(queue["oldest_s"] or 0)
+        self._idle.set(queue["idle_s"] or 0)
+
+    def tell_surroundings(self, gpus: GpusState | None, snapshot: SnapshotState | None) -> None:
+        """Publish what GPUs and disk look like now, in place of what they did."""
+        devices = gpus["devices"] if gpus else []
+        self._gpus.set(len(devices))
+        self._gpu_error.set(int(bool(gpus and gpus["error"])))
+        self._snapshot_error.set(int(bool(snapshot and snapshot["error"])))
+        for gauge, key in ((self._gpu_temperature, "temperature"), (self._gpu_ecc, "ecc_uncorrected")):
+            gauge.clear()
+            for gpu in devices:
+                value = cast("int | None", gpu.get(key))
+                if value is not None:
+                    gauge.labels(str(gpu["index"])).set(value)
 
     def tell_cache(self, worker: int, read_bytes: int, seconds: float) -> None:
         """Publish what a worker read from the snapshot on local disk."""

@@ -10,6 +10,7 @@ from zops.serving.errors import ApiError
 from zops.serving.metrics import Metrics
 from zops.serving.request import Limits
 from zops.serving.studio import Identity
+from zops.serving.surroundings import Surroundings
 
 if TYPE_CHECKING:
     from zops.serving.scheduler import Scheduler
@@ -40,7 +41,9 @@ def add_models(identity: Identity) -> APIRouter:
     return router
 
 
-def add_probes(scheduler: "Scheduler", limits: Limits, identity: Identity, metrics: Metrics) -> APIRouter:
+def add_probes(
+    scheduler: "Scheduler", limits: Limits, identity: Identity, metrics: Metrics, surroundings: Surroundings
+) -> APIRouter:
     """Return the paths for probes and for whoever watches."""
     router = APIRouter(tags=["operations"])
     told: InfoLimits = {
@@ -58,6 +61,8 @@ def add_probes(scheduler: "Scheduler", limits: Limits, identity: Identity, metri
             "revision": identity.revision,
             "manifest_digest": identity.manifest_digest,
             **scheduler.snapshot(),
+            "gpus": surroundings.gpus(),
+            "snapshot": surroundings.snapshot(),
         }
 
     async def live() -> JSONResponse:
@@ -85,6 +90,8 @@ def add_probes(scheduler: "Scheduler", limits: Limits, identity: Identity, metri
     @router.get("/metrics", responses={200: {"content": exposition}, **_ERRORS}, response_class=Response)
     async def metrics_page() -> Response:
         """Show the metrics."""
+        metrics.tell_queue(scheduler.queue_facts())
+        metrics.tell_surroundings(surroundings.gpus(), surroundings.snapshot())
         content, media_type = metrics.render()
         return Response(content, media_type=media_type)
 

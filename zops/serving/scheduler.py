@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 from zops.errors import ZopsError
 from zops.events import Report, Warned, silent
+from zops.serving.answers import Queue
 from zops.serving.batching import CROWD_S, LINGER_S, largest_batch
 from zops.serving.errors import ApiError
 from zops.serving.fairness import FairQueue
@@ -33,6 +34,7 @@ from zops.serving.messages import (
 )
 from zops.serving.metrics import Metrics
 from zops.serving.pool import Pool
+from zops.serving.progress import Progress
 
 RETRY_LATER_S = 5.0
 # Weight of the newest batch in the moving average of what a picture takes.
@@ -107,6 +109,7 @@ class Scheduler:
         """What each worker makes, by the id of the picture."""
         self._batches = 0
         self._given_at: dict[int, float] = {}
+        self._progress = Progress()
         self._picture_s = 1.0
         """Moving average of what a picture takes a worker; tells clients of a full queue when to come back."""
         self._crowd, self._crowd_until = 0, 0.0
@@ -143,6 +146,8 @@ class Scheduler:
         now = loop.time()
         deadline = now + self._bounds.request_timeout_s
         making = Making(shape, pictures, client, arrived=now, deadline=deadline, on_end=self._ended)
+        if self._idle.is_set():
+            self._progress.begin(now)
         self._queued.add(making)
         self._idle.clear()
         self._deadlines[making] = loop.call_at(deadline, self._expire, making)
@@ -217,8 +222,13 @@ class Scheduler:
             "notes": list(facts.notes) if facts else [],
             "versions": dict(facts.versions) if facts else {},
             "workers": [worker.snapshot() for worker in self._pool.workers],
-            "queue": {"waiting": self.waiting, "running": self.running, "limit": self._bounds.max_queue},
+            "queue": self.queue_facts(),
         }
+
+    def queue_facts(self) -> Queue:
+        """Return how much waits and runs, and since when nothing moved."""
+        moved = self._progress.facts(asyncio.get_running_loop().time(), self._queued, busy=not self._idle.is_set())
+        return {"waiting": self.waiting, "running": self.running, "limit": self._bounds.max_queue, **moved}
 
     # --- requests
 
@@ -333,6 +343,7 @@ class Scheduler:
         parts = self._parts[worker.index]
         match message:
             case Beat(batch, forwards) if worker.batch and batch == worker.batch.id:
+                self._progress.hear(worker.index, batch, forwards, asyncio.get_running_loop().time())
                 for running in parts.values():
                     running.forwards = forwards
             case Preview(picture) if (part := parts.get(picture)) and part.wanted:
@@ -352,6 +363,7 @@ class Scheduler:
 
     def _made(self, worker: Worker, part: Part, made: Made) -> None:
         worker.succeeded()
+        self._progress.finish(asyncio.get_running_loop().time())
         parts = self._parts[worker.index]
         if not any(other.made for other in parts.values()):
             for phase, seconds in made.seconds.items():

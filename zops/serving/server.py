@@ -155,7 +155,7 @@ async def _serve(
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
 
-    from zops.serving.devices import plan_workers  # noqa: PLC0415 - the signals come first
+    from zops.serving.devices import plan_workers, wanted_gpus  # noqa: PLC0415 - the signals come first
     from zops.serving.link import WorkerLink, start_worker  # noqa: PLC0415
     from zops.serving.request import Limits  # noqa: PLC0415
 
@@ -169,6 +169,7 @@ async def _serve(
 
     from zops.serving.metrics import Metrics  # noqa: PLC0415
     from zops.serving.scheduler import Scheduler  # noqa: PLC0415
+    from zops.serving.surroundings import Surroundings  # noqa: PLC0415
 
     metrics = Metrics(model=spec.model, revision=manifest.revision, manifest_digest=manifest.digest)
     scheduler = Scheduler(
@@ -180,13 +181,16 @@ async def _serve(
         wants_gpu=spec.gpus != "none",
         report=report,
     )
+    surroundings = Surroundings(snapshot, wanted_gpus(spec))
     try:
         scheduler.begin()
-        server = _http_server(scheduler, limits, served, keys, metrics, log_json=log_json)
+        surroundings.begin()
+        server = _http_server(scheduler, limits, served, keys, metrics, surroundings=surroundings, log_json=log_json)
         address = f"http://{spec.serve.host}:{spec.serve.port}"
         report(Finished("listen", f"listening on {address}", time.monotonic() - began))
         return await _until_stopped(server, scheduler, listener, stop)
     finally:
+        surroundings.end()
         scheduler.close()
 
 
@@ -219,7 +223,14 @@ def _worker_settings(
 
 
 def _http_server(
-    scheduler: Any, limits: Any, served: tuple[Path, Manifest], keys: KeyRing | None, metrics: Any, *, log_json: bool
+    scheduler: Any,
+    limits: Any,
+    served: tuple[Path, Manifest],
+    keys: KeyRing | None,
+    metrics: Any,
+    *,
+    surroundings: Any,
+    log_json: bool,
 ) -> Any:
     import uvicorn  # noqa: PLC0415 - only once the worker is on its way
 
@@ -238,7 +249,7 @@ def _http_server(
 
     snapshot, manifest = served
     identity = Identity(manifest.model, manifest.revision, manifest.digest, snapshot)
-    app = create_app(scheduler, limits, identity, metrics, keyed=keys is not None)
+    app = create_app(scheduler, limits, identity, metrics, surroundings=surroundings, keyed=keys is not None)
     gate = Gate(Idempotency(app, metrics, limits), keys, metrics)
     return Server(
         uvicorn.Config(

@@ -8,20 +8,22 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import ValidationError
 
 from zops.errors import SpecError
 from zops.spec.model import ENV_PREFIX, Spec, fields, variable
+
+if TYPE_CHECKING:
+    import yaml
 
 FILE_NAMES = ("zops.yaml", "zops.yml")
 SYSTEM_FILE = Path("/etc/zops/zops.yaml")
 # Variables that steer the program itself and are no part of the specification.
 RESERVED_VARIABLES = frozenset({
     "ZOPS_FILE", "ZOPS_DEBUG", "ZOPS_OUTPUT", "ZOPS_STATE_DIR", "ZOPS_SNAPSHOT", "ZOPS_API_KEY", "ZOPS_PUBLISHED",
-    "ZOPS_PASSPHRASE",
+    "ZOPS_PASSPHRASE", "ZOPS_IDENTITY_PASSPHRASE", "ZOPS_WATCH_WEBHOOK", "ZOPS_LOCK_DIR",
 })  # fmt: skip
 # Keys that hold a path of this host (or, the second and third, perhaps a URL).
 PATHS = ("cache.dir", "source.path", "backup.to", "image.wheels", "image.ca", "serve.api_keys")
@@ -122,6 +124,8 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     Raises:
         SpecError: naming file and line.
     """
+    import yaml  # noqa: PLC0415 - without a file a command begins sooner
+
     try:
         node = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
         lines: dict[str, int] = {}
@@ -142,7 +146,9 @@ def read_yaml(path: Path) -> tuple[dict[str, Any], dict[str, int]]:
     return tree, lines
 
 
-def _collect_lines(node: yaml.Node, prefix: str, lines: dict[str, int], file: Path) -> None:
+def _collect_lines(node: "yaml.Node", prefix: str, lines: dict[str, int], file: Path) -> None:
+    import yaml  # noqa: PLC0415 - as above
+
     if not isinstance(node, yaml.MappingNode):
         return
     for key, value in node.value:
@@ -204,6 +210,8 @@ def _merge_environment(
 
 def parse_scalar(text: str) -> object:
     """Read a flag's or a variable's text as YAML would, so that `[0, 1]`, `true` and `8000` have their types."""
+    import yaml  # noqa: PLC0415 - as above
+
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError:

@@ -17,7 +17,8 @@ GIB = 1 << 30
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+    # Built when first used, all at once in the outermost: every command waits for it.
+    model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True, defer_build=True)
 
 
 class Source(_Section):
@@ -196,6 +197,65 @@ class Backup(_Section):
         return self
 
 
+class Watch(_Section):
+    """How `zops watch` looks at the instances of this host and mends them."""
+
+    interval_s: float = Field(10, ge=0.2, le=3600, description="time between two probes of an instance")
+    jitter: float = Field(0.1, ge=0, le=0.5, description="share of the interval by which a probe may come earlier")
+    canary_every_s: float = Field(900, ge=0, description="time between two canary images of an instance; 0: never")
+    failures: int = Field(2, ge=1, le=20, description="bad answers among the last `of` that make a verdict")
+    of: int = Field(3, ge=1, le=20, description="answers that a verdict looks at")
+    heal: bool = Field(default=True, description="restart and recreate what is unhealthy (else: only report)")
+    first_pause_s: float = Field(30, gt=0, le=3600, description="pause before the second heal; doubled for each more")
+    longest_pause_s: float = Field(900, gt=0, le=86400, description="longest pause between two heals")
+    quiet_s: float = Field(600, gt=0, le=86400, description="after so long in good health the pauses start anew")
+    budget: int = Field(6, ge=1, le=1000, description="heals of one instance within an hour before it is given up")
+    listen: str = Field(
+        "127.0.0.1:9465",
+        pattern=r"^(|\[[0-9A-Fa-f:]+\]:[0-9]{1,5}|[^\s:/]+:[0-9]{1,5})$",
+        description="address of /metrics and /livez; none when empty",
+    )
+    webhook_file: Path | None = Field(
+        None, description="file whose first line is the URL that gets every event (or set ZOPS_WATCH_WEBHOOK)"
+    )
+
+    @field_validator("webhook_file")
+    @classmethod
+    def _home(cls, value: Path | None) -> Path | None:
+        return value.expanduser() if value else None
+
+    @model_validator(mode="after")
+    def _possible(self) -> "Watch":
+        if self.failures > self.of:
+            raise ValueError(f"failures: {self.failures} of {self.of} can never be; lower failures or raise of")
+        if self.first_pause_s > self.longest_pause_s:
+            raise ValueError("first_pause_s is longer than longest_pause_s; swap them")
+        return self
+
+
+_ENGINE = re.compile(r"^(local|context:[\w.-]+|(unix|ssh|tcp)://.+)$")
+_ENGINE_FORMS = "must be local, context:NAME, unix:///path, tcp://host:port or ssh://user@host"
+
+
+class Host(_Section):
+    """Another host whose instances `zops health --all` judges too."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$", description="name in the output")
+    engine: str = Field("local", description="as engine: local, context:NAME, tcp://host:port or ssh://user@host")
+    url: str | None = Field(
+        None,
+        pattern=r"^https?://[^\s/?#]+$",
+        description="where its published ports are reached, as http://gpu-2; asked through the engine when empty",
+    )
+
+    @field_validator("engine")
+    @classmethod
+    def _engine_form(cls, value: str) -> str:
+        if not _ENGINE.match(value):
+            raise ValueError(_ENGINE_FORMS)
+        return value
+
+
 _GPU_NAME = re.compile(r"^(GPU|MIG)-[0-9A-Za-z-]+$")
 Gpus = Literal["all", "none"] | tuple[Annotated[int | str, Field(union_mode="left_to_right")], ...]
 
@@ -214,12 +274,23 @@ class Spec(_Section):
     serve: Serve = Serve()
     resources: Resources = Resources()
     backup: Backup = Backup()
+    watch: Watch = Watch()
+    hosts: tuple[Host, ...] = Field((), description="hosts that zops health --all judges: name, engine, url of each")
 
     @field_validator("engine")
     @classmethod
     def _engine_form(cls, value: str) -> str:
-        if value != "local" and not re.match(r"^(context:[\w.-]+|(unix|ssh|tcp)://.+)$", value):
-            raise ValueError("must be local, context:NAME, unix:///path, tcp://host:port or ssh://user@host")
+        if not _ENGINE.match(value):
+            raise ValueError(_ENGINE_FORMS)
+        return value
+
+    @field_validator("hosts")
+    @classmethod
+    def _names_differ(cls, value: tuple[Host, ...]) -> tuple[Host, ...]:
+        names = [host.name for host in value]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice:
+            raise ValueError(f"two hosts are named {twice}; give each a name of its own")
         return value
 
     @field_validator("gpus", mode="before")
@@ -283,5 +354,5 @@ def type_name(annotation: object) -> str:
     if origin in {typing.Union, types.UnionType}:
         return " | ".join(type_name(a) for a in typing.get_args(annotation) if a is not type(None))
     names: dict[object, str] = {str: "text", int: "whole number", float: "number", bool: "true | false", Path: "path"}
-    names |= {tuple[str, ...]: "list of text", tuple[Path, ...]: "list of paths"}
+    names |= {tuple[str, ...]: "list of text", tuple[Path, ...]: "list of paths", tuple[Host, ...]: "list of hosts"}
     return names.get(annotation, "size" if annotation is ByteSize else str(annotation))
