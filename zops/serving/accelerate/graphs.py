@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -42,6 +43,14 @@ def pool_bytes(pool: Any) -> int:
     return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
+def drop_all() -> bool:
+    """Drop every graph of this process, where memory is wanted for something else; return whether there was one."""
+    holding = [graphs for graphs in _ALIVE if graphs.held_bytes]
+    for graphs in holding:
+        graphs.drop()
+    return bool(holding)
+
+
 class Graphs:
     """Graphs of several shapes in one pool of memory, within a share of what is free when the first one is captured.
 
@@ -74,6 +83,7 @@ class Graphs:
         self._kept: OrderedDict[Hashable, Work] = OrderedDict()
         self._held: dict[Hashable, int] = {}
         self._too_large: set[Hashable] = set()
+        _ALIVE.add(self)
 
     @property
     def held_bytes(self) -> dict[Hashable, int]:
@@ -126,6 +136,9 @@ class Graphs:
             return self._make(work, self._pool)
         except torch.OutOfMemoryError:
             return None
+
+
+_ALIVE: WeakSet[Graphs] = WeakSet()
 
 
 class Recent(Generic[Made]):
