@@ -130,6 +130,18 @@ def test_a_card_that_cannot_load_must_say_why(tiny_model, tmp_path):
         followers.close()
 
 
+def test_a_card_that_ends_on_its_way_to_the_meeting_must_end_the_worker(tiny_model):
+    """The worker would wait for it there; nothing tells NCCL that it never comes."""
+    lost = []
+    followers = Followers(settings_for(tiny_model, **together(2)), "bf16", lost=lost.append)
+    try:
+        eventually(lambda: not followers._all[0].loaded.empty(), "the follower's model")
+        os.kill(followers.pids[0], signal.SIGKILL)
+        eventually(lambda: lost == [1], "the loss")
+    finally:
+        followers.close()
+
+
 def alive(pid):
     """Tell whether a process runs; one that ended and was not waited for does not."""
     try:

@@ -284,6 +284,43 @@ def test_a_single_picture_that_does_not_fit_must_fail_and_the_next_be_made(loade
     assert isinstance(told.answers["p3"], Made)
 
 
+def test_graphs_must_go_before_a_picture_is_refused_for_want_of_memory(loaded, told):
+    import torch
+
+    from zops.serving.accelerate.graphs import Graphs
+
+    graphs = Graphs(1, free=lambda: 1, make=lambda work, _pool: work, new_pool=object, measure=lambda _pool: 1)
+    graphs.get("a shape", lambda: None)
+    calls = []
+
+    def check(_module, _args):
+        calls.append(bool(graphs.held_bytes))
+        if graphs.held_bytes:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    hook = loaded.pipelines.generate.transformer.register_forward_pre_hook(check)
+    try:
+        told.make(picture(1))
+    finally:
+        hook.remove()
+    assert calls[:2] == [True, False]
+    assert isinstance(told.answers["p1"], Made)
+
+
+def test_memory_that_is_short_for_ever_must_not_be_tried_for_ever(loaded, told):
+    from zops.serving.accelerate.graphs import Graphs
+
+    graphs = Graphs(1, free=lambda: 1, make=lambda work, _pool: work, new_pool=object, measure=lambda _pool: 1)
+    with Memory(loaded, 0) as memory:
+        keep = loaded.pipelines.generate.transformer.register_forward_pre_hook(
+            lambda *_: graphs.get("a shape", lambda: None) and None, prepend=True
+        )
+        told.make(picture(1))
+        keep.remove()
+    assert told.answers["p1"].code == "out_of_memory"
+    assert memory.calls == [1, 1]
+
+
 def test_memory_that_the_host_has_not_must_be_told_from_other_errors(loaded, told):
     import torch
 

@@ -1,5 +1,7 @@
 """How many CUDA graphs are kept, by what they hold. The graphs and the GPU's memory are made up; the rule is not."""
 
+from weakref import WeakKeyDictionary
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -15,8 +17,9 @@ class Gpu:
 
     OWN = 1
 
-    def __init__(self, free=100):
-        self.free_bytes, self.pools, self.captured = free, {}, []
+    def __init__(self, free=100, total=10_000):
+        self.free_bytes, self.total, self.pools, self.captured = free, total, {}, []
+        self.used, self.alive = set(), WeakKeyDictionary()
 
     def graphs(self, share=0.5):
         return Graphs(share, free=lambda: self.free_bytes, make=self.make, new_pool=self.new_pool, measure=self.measure)
@@ -27,9 +30,19 @@ class Gpu:
 
     def make(self, work, pool):
         size = work()
+        # torch asserts so: a pool ends with its last graph, or with a capture that failed in it.
+        assert pool not in self.used or any(one == pool for _, one in self.alive.values())
+        self.used.add(pool)
         self.captured.append((size, pool))
+        if size + sum(taken for taken, _ in self.alive.values()) > self.total:
+            raise torch.OutOfMemoryError
         self.pools[pool].append(size)
-        return lambda: size
+
+        def replay():
+            return size
+
+        self.alive[replay] = size, pool
+        return replay
 
     def measure(self, pool):
         return max(self.pools[pool]) + self.OWN * len(self.pools[pool])
@@ -80,6 +93,25 @@ def test_what_is_too_large_alone_must_run_without_a_graph_and_leave_the_others_r
     assert graphs.get("huge", work(80)) is None
     assert graphs.held_bytes == {"a": 11}
     assert len(gpu.captured) == 4, "that was known"
+
+
+def test_a_capture_that_memory_is_too_short_for_must_not_fail_the_call():
+    gpu = Gpu(total=30)
+    graphs = gpu.graphs()
+    assert graphs.get("wide", work(40)) is None
+    assert [size for size, _ in gpu.captured] == [40], "alone already"
+    assert graphs.get("wide", work(40)) is None
+    assert len(gpu.captured) == 1, "that was known"
+    assert graphs.get("a", work(10))() == 10, "in a pool of its own: that of a failed capture is given up"
+
+
+def test_a_capture_that_only_the_others_leave_no_room_for_must_have_theirs():
+    gpu = Gpu(total=30)
+    graphs = gpu.graphs()
+    graphs.get("a", work(20))
+    assert graphs.get("b", work(25))() == 25
+    assert [pool for _, pool in gpu.captured] == [0, 0, 1]
+    assert list(graphs.held_bytes) == ["b"]
 
 
 def test_the_limit_must_be_a_share_of_what_is_free_at_the_first_capture():

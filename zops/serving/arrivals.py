@@ -62,6 +62,7 @@ class Arrivals:
             try:
                 wide = file.take(name)
                 if wide.is_cuda and wide.device not in streams:
+                    torch.cuda.set_device(wide.device)  # of this thread, as in `lanes.Lane`
                     streams[wide.device] = torch.cuda.Stream(wide.device)  # type: ignore[no-untyped-call]  # torch has no annotation here
                 self._take(streams.get(wide.device), file, name, wide, events)
             except BaseException as error:  # noqa: BLE001 - told by `check` in the thread that asks for the result
@@ -78,4 +79,8 @@ class Arrivals:
                 for event in events:
                     stream.wait_event(event)
                 wide.record_stream(stream)  # its memory is given away once the stream is past it
-            file.keep(name, self.arrived(file.path, name, wide))
+            made = self.arrived(file.path, name, wide)
+            if stream:
+                # Made on this stream and read on the card's own: freed while that still reads, it must stay as long.
+                made.record_stream(torch.cuda.default_stream(stream.device))
+            file.keep(name, made)

@@ -57,6 +57,8 @@ class Maker:
     send: Callable[[Answer | Preview], None]
     cancelled: Callable[[str], bool]
     progress: Progress = field(default_factory=Progress)
+    _again: set[str] = field(default_factory=set)
+    """Pictures of this batch that are tried once more alone, since memory was found for them."""
 
     def make(self, batch: Batch) -> int | None:
         """Answer each picture of a batch; return `Free.fits`.
@@ -65,6 +67,7 @@ class Maker:
             DeviceLost: when only a new process can go on. Pictures that are not answered may be tried elsewhere.
         """
         self.progress.batch, self.progress.forwards = batch.id, 0
+        self._again.clear()
         previews = Previews(self.projection, forwards_run(batch.shape), self.send)
         fits: int | None = None
         calls = deque([[picture for picture in batch.pictures if self._sound(batch.shape, picture)]])
@@ -113,8 +116,9 @@ class Maker:
                 if _breaks_device(error, self._device_type):
                     raise DeviceLost from error
             error.__traceback__ = None  # its frames hold the tensors that filled the memory
-            self._free_memory()
-            if len(pictures) > 1:
+            found = self._free_memory()
+            if len(pictures) > 1 or (out_of_memory and found and unanswered[0].id not in self._again):
+                self._again |= {picture.id for picture in pictures if len(pictures) == 1}
                 return _Left(unanswered, out_of_memory)
             self.send(_failure(shape, unanswered[0].id, error, out_of_memory=out_of_memory))
         return _Left([], out_of_memory=False)
@@ -178,11 +182,16 @@ class Maker:
 
             torch.cuda.synchronize(self.pipelines.device)
 
-    def _free_memory(self) -> None:
-        if self._device_type == "cuda":
-            import torch  # noqa: PLC0415 - imported already
+    def _free_memory(self) -> bool:
+        """Give back what only saves time; return whether that was more than the allocator's own leftovers."""
+        import torch  # noqa: PLC0415 - imported already
 
+        from zops.serving.accelerate.graphs import drop_all  # noqa: PLC0415 - brings torch
+
+        dropped = drop_all()
+        if self._device_type == "cuda":
             torch.cuda.empty_cache()
+        return dropped
 
 
 @dataclass(frozen=True, slots=True)

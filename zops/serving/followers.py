@@ -139,12 +139,10 @@ class Followers:
         for follower in self._all:
             follower.process.kill()
             follower.process.wait()
-        self._folder.cleanup()
         if self._joined:
-            from torch import distributed  # noqa: PLC0415 - imported already
-
-            distributed.destroy_process_group()
+            _leave()
             self._joined = False
+        self._folder.cleanup()  # not before: torch's threads look into the file in it, and wait for one that is gone
 
     def _start(self, settings: WorkerSettings, preset: str, rank: int) -> _Follower:
         follower = _Follower(*start_process(Post(settings, preset, rank, self._meeting, os.getpid())))
@@ -152,13 +150,25 @@ class Followers:
         return follower
 
     def _listen(self, rank: int, follower: _Follower) -> None:
+        comes = False  # to the meeting, where this process waits for it as in every call after
         with suppress(EOFError, OSError):
             while True:
                 told = follower.connection.recv()
                 if isinstance(told, Memory):
                     follower.memory = told
                 else:
+                    comes = isinstance(told, Loaded)
                     follower.loaded.put(told)
-        if self._joined and not self._closing:
+        if comes and not self._closing:
             self._lost(rank)
         follower.loaded.put(NotLoaded("its process ended"))
+
+
+def _leave() -> None:
+    """Leave the others, who are dead: NCCL's orderly end would wait for them."""
+    from torch import distributed  # noqa: PLC0415 - imported already
+
+    if distributed.get_backend() == "nccl":
+        distributed.distributed_c10d._abort_process_group()  # noqa: SLF001 - torch has no public way
+    else:
+        distributed.destroy_process_group()

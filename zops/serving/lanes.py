@@ -1,6 +1,7 @@
 """The way of bytes from a buffer on the host to the devices. Runs in the worker's reading threads."""
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from zops.cache.reading import new_buffer
@@ -24,6 +25,10 @@ class Lane:
             # Refused where the limit of locked memory is low; copies from plain memory are slower, and as right.
             registered = _cudart().cudaHostRegister(self._host.data_ptr(), len(self.buffer), _FOR_ALL_CARDS)
         self.pinned = not cards or int(registered) == 0
+        if not self.pinned:
+            # CUDA keeps the refusal until somebody asks for it, and torch asks after its next kernel: let it be this.
+            with suppress(RuntimeError):
+                torch.ones(1, device=cards[0])
         self._ends = {device: _End(device, len(self.buffer)) for device in cards}
 
     def send(self, device: str, count: int, scatter: Callable[[Any], None]) -> None:

@@ -267,9 +267,10 @@ def _place(start: _Start, choice: Choice, *, narrow: bool) -> dict[str, str]:
     Raises:
         HostShort: when they do not fit on several cards; on a single one that shows.
     """
-    cards, weights = start.target.cards, count_weights(start.snapshot)
+    cards = start.target.cards
     if len(cards) == 1:
-        return dict.fromkeys(weights, cards[0])
+        return dict.fromkeys(weight_files(start.snapshot), cards[0])
+    weights = count_weights(start.snapshot)
     asked = demands(weights, bytes_each=start.target.dtype.itemsize, fp8=narrow, fp8_text=choice.fp8_text)
     free = [_PLENTY if (bytes_ := count_free(card)) is None else bytes_ for card in cards]
     places = place(asked, free)

@@ -9,8 +9,9 @@ Told = tuple[tuple[int, int], ...]
 def give_back(device: str) -> None:
     """Give the driver what torch keeps of freed memory, on all cards.
 
-    The allocator first waits for what streams still do with it, so nothing has to be waited for before. It pays where
-    tensors of other sizes, or of another stream, are wanted next: those could not use what is kept.
+    The allocator first waits for the streams that memory was allocated on or recorded for (`Tensor.record_stream`), so
+    nothing else has to be waited for before. It pays where tensors of other sizes, or of another stream, are wanted
+    next: those could not use what is kept.
     """
     if _is_cuda(device):
         import torch  # noqa: PLC0415 - only the worker may pay for it

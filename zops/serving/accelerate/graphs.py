@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, Generic, TypeVar
+from weakref import WeakSet
 
 import torch
 
@@ -42,13 +43,21 @@ def pool_bytes(pool: Any) -> int:
     return sum(segment["total_size"] for segment in segments if tuple(segment["segment_pool_id"]) == tuple(pool))
 
 
+def drop_all() -> bool:
+    """Drop every graph of this process, where memory is wanted for something else; return whether there was one."""
+    holding = [graphs for graphs in _ALIVE if graphs.held_bytes]
+    for graphs in holding:
+        graphs.drop()
+    return bool(holding)
+
+
 class Graphs:
     """Graphs of several shapes in one pool of memory, within a share of what is free when the first one is captured.
 
     In one pool each graph works in the memory that the others work in too, so it is about as large as the largest
     asks for; and nothing of it can be given back while one graph is left. When it grows beyond the limit all graphs
     go, and the one that asked begins a new pool; shapes that are used again are captured again. What is too large
-    even alone is never captured.
+    even alone, for the limit or for the memory that is left, is never captured.
 
     Args:
         share: of the free memory.
@@ -74,6 +83,7 @@ class Graphs:
         self._kept: OrderedDict[Hashable, Work] = OrderedDict()
         self._held: dict[Hashable, int] = {}
         self._too_large: set[Hashable] = set()
+        _ALIVE.add(self)
 
     @property
     def held_bytes(self) -> dict[Hashable, int]:
@@ -96,6 +106,8 @@ class Graphs:
 
     def drop(self) -> None:
         """Drop all graphs, and give their memory back."""
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()  # the allocator waits for the stream of the captures; replays run on another
         self._kept.clear()
         self._held.clear()
         self._pool = None
@@ -104,13 +116,11 @@ class Graphs:
     def _capture(self, key: Hashable, work: Work) -> Work | None:
         if self._limit is None:
             self._limit = self._share * (self._free() or 0)
-        if self._pool is None:
-            self._pool = self._new_pool()
-        before = sum(self._held.values())
-        replay = self._make(work, self._pool)
-        held = self._measure(self._pool)
-        if held <= self._limit:
-            self._kept[key], self._held[key] = replay, held - before
+        if not self._kept:
+            self._pool = self._new_pool()  # torch takes none again whose last graph is gone, or was never made
+        replay = self._try(work)
+        if replay and (held := self._measure(self._pool)) <= self._limit:
+            self._kept[key], self._held[key] = replay, held - sum(self._held.values())
             return replay
         alone = not self._kept
         del replay
@@ -119,6 +129,16 @@ class Graphs:
             self._too_large.add(key)
             return None
         return self._capture(key, work)
+
+    def _try(self, work: Work) -> Work | None:
+        """Capture work; return None where memory is short: with a pool of its own it takes more than without."""
+        try:
+            return self._make(work, self._pool)
+        except torch.OutOfMemoryError:
+            return None
+
+
+_ALIVE: WeakSet[Graphs] = WeakSet()
 
 
 class Recent(Generic[Made]):

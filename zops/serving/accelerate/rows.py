@@ -25,6 +25,11 @@ class Quantised:
     values: torch.Tensor
     scales: torch.Tensor
 
+    def record_stream(self, stream: torch.cuda.Stream) -> None:
+        """Keep the memory, once it is freed, until a stream is past what it now does with it; as a tensor does."""
+        self.values.record_stream(stream)
+        self.scales.record_stream(stream)
+
 
 Rows = torch.Tensor | Quantised
 
