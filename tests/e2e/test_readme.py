@@ -61,3 +61,5 @@ def test_the_commands_for_a_host_must_run_one_after_another(
     finally:
         for container in docker_client.containers.list(all=True, filters={"label": f"io.zops.deployment={name}"}):
             container.remove(force=True)
+        for volume in docker_client.volumes.list(filters={"label": f"io.zops.deployment={name}"}):
+            volume.remove(force=True)
