@@ -54,6 +54,9 @@ def test_the_commands_for_a_host_must_run_one_after_another(
         for command in commands:
             assert command[0] == "zops"
             argv = [sys.executable, "-m", "zops", *command[1:]]
+            if command[1] == "health":
+                # It judges every instance of the engine, and other tests make theirs ill meanwhile.
+                argv += ["--name", name]
             done = subprocess.run(argv, cwd=host, env=environ, capture_output=True, text=True, timeout=300, check=False)
             assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
         assert (host / "kite.png").read_bytes().startswith(b"\x89PNG")
