@@ -3,7 +3,6 @@
 import base64
 import json
 import os
-import socket
 import subprocess
 import time
 import urllib.request
@@ -14,6 +13,7 @@ from pathlib import Path
 import docker
 import pytest
 
+from tests.support.host import free_port
 from zops.cache.synthetic import synthesize_snapshot
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
@@ -54,9 +54,7 @@ def project(tmp_path: Path, inference_image: str, compose_command, docker_client
     cache = tmp_path / "cache"
     synthesize_snapshot(cache / "models" / "zops--synthetic-tiny" / "snapshots" / "seed-0", "tiny")
     subprocess.run(["chmod", "-R", "a+rX", str(cache)], check=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     environment = {
         "ZOPS_CACHE_DIR": str(cache),
         "ZOPS_IMAGE_NAME": inference_image,

@@ -3,13 +3,14 @@
 import os
 import re
 import shlex
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import docker
 import pytest
+
+from tests.support.host import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -31,9 +32,6 @@ def test_the_commands_for_a_host_must_run_one_after_another(
     host.mkdir()
     for directory in (host, *host.parents[:2]):
         directory.chmod(0o755)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     name = f"readme-{os.getpid()}"
     # This host has no GPU and no hub: variables, which beat the file that `zops init` writes, say so.
     environ = os.environ | {
@@ -45,7 +43,7 @@ def test_the_commands_for_a_host_must_run_one_after_another(
         "ZOPS_BACKUP_TO": str(host / "backup"),
         "ZOPS_GPUS": "none",
         "ZOPS_IMAGE_NAME": inference_image,
-        "ZOPS_SERVE_PORT": str(port),
+        "ZOPS_SERVE_PORT": str(free_port()),
         "ZOPS_SERVE_WARMUP_SIZE": "64",
     }
     commands = host_commands()

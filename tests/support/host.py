@@ -4,10 +4,12 @@ import base64
 import hashlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,16 @@ COMMAND_TIMEOUT_S = 300
 
 
 def free_port() -> int:
-    """Return a port of the loopback that nobody listened on a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """Return a port of the loopback that nobody listens on.
+
+    Below those that the kernel gives to connections, and drawn at random, so that no other test has it by the time that
+    it is used.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 class Host:

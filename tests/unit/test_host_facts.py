@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import pytest
 from hypothesis import given
 
+from tests.support.waiting import eventually
 from zops.host.disk import disk_of, local_disks, measure_read, nearest_existing, read_mounts
 from zops.host.memory import read_memory
 from zops.host.ports import Listener, find_listener, why_not_bindable
@@ -152,7 +153,7 @@ def test_a_port_must_be_free_until_somebody_listens_and_then_name_us():
         holder = find_listener(port)
         assert holder is not None
         assert holder.pid == os.getpid()
-    assert why_not_bindable("127.0.0.1", port) == ""
+    eventually(lambda: why_not_bindable("127.0.0.1", port) == "", "the port to be free again")
     assert find_listener(port) is None
 
 
