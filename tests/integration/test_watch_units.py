@@ -35,8 +35,10 @@ def container():
 
 def parse(words):
     """Parse the words behind `zops`, as click does; raises when one is unknown."""
-    name, command, rest = cli.resolve_command(click.Context(cli), list(words))
-    return name, command.make_context(name, rest).params
+    # A command remembers the help option of its first context, so that must be as it is when zops runs.
+    context = click.Context(cli, **cli.context_settings)
+    name, command, rest = cli.resolve_command(context, list(words))
+    return name, command.make_context(name, rest, parent=context).params
 
 
 def test_unit_and_container_must_call_the_command_as_it_is(service, container) -> None:
