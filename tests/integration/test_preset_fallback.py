@@ -1,7 +1,6 @@
 """Under `serve.preset: auto` a preset that the gate refuses gives way to the next; one that was asked for does not."""
 
 import gc
-import os
 from dataclasses import replace
 
 import pytest
@@ -19,27 +18,10 @@ from zops.serving.messages import Gate, Noticed  # noqa: E402 - as above
 
 
 @pytest.fixture(autouse=True)
-def _own_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
-@pytest.fixture(autouse=True)
 def _as_on_a_large_gpu(monkeypatch):
     """The rules see a GPU; what they choose is computed here, in float32."""
     gpu = Device("cuda", (9, 0), 1 << 40, triton=True)
     monkeypatch.setattr(loader, "describe_device", lambda _target: gpu)
-
-
-@pytest.fixture
-def renders(monkeypatch):
-    """Which presets the gate had make images."""
-    made = []
-    plain = gate.render
-    monkeypatch.setattr(gate, "render", lambda applied, **how: made.append(applied.preset) or plain(applied, **how))
-    return made
 
 
 @pytest.fixture

@@ -33,14 +33,6 @@ def fast(tiny_model):
     return load_here(tiny_model, preset="bf16", force_preset=True)
 
 
-@pytest.fixture(autouse=True)
-def _own_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def far(one, other):
     return np.abs(np.frombuffer(one.rgb, np.uint8).astype(int) - np.frombuffer(other.rgb, np.uint8)).max()
 
@@ -110,15 +102,6 @@ def start(snapshot, tmp_path, **changes):
     told = []
     given = {"preset": "fp8", "force_preset": True, "kernels": str(tmp_path / "kernels")} | changes
     return load(settings_for(snapshot, **given), told.append), told
-
-
-@pytest.fixture
-def renders(monkeypatch):
-    """Which presets the gate had make images."""
-    made = []
-    plain = gate.render
-    monkeypatch.setattr(gate, "render", lambda applied, **how: made.append(applied.preset) or plain(applied, **how))
-    return made
 
 
 def test_a_verdict_must_be_kept_for_the_next_start(tiny_model, tmp_path, renders, monkeypatch):

@@ -17,14 +17,6 @@ from zops.serving.target import prepare_environment
 from zops.serving.warmup import WarmupFailed
 
 
-@pytest.fixture(autouse=True)
-def _own_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
-
-
 def _told_by_a_start(snapshot):
     told = []
     loaded = load(settings_for(snapshot), told.append)

@@ -1,7 +1,5 @@
 """One pipeline over two cards. Here both are the CPU: shown is where things are asked to be, and the pictures."""
 
-import os
-
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -16,14 +14,6 @@ from zops.serving.accelerate.homes import Homes  # noqa: E402 - as above
 
 ONE, OTHER = torch.device("cpu:0"), torch.device("cpu:1")
 SPLIT = {"parallel": "split", "cards": 2}
-
-
-@pytest.fixture(autouse=True)
-def _own_environment():
-    before = dict(os.environ)
-    yield
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.fixture

@@ -146,7 +146,8 @@ def _of_gpu(gpu: Mapping[str, Any]) -> Iterator[Metric]:
 
 
 def _evidence(health: Health, layer: str) -> Mapping[str, Any]:
-    return next((probe.evidence for probe in health.probes if probe.layer == layer), {})
+    probe = health.probe(layer)
+    return probe.evidence if probe else {}
 
 
 def _gpus(health: Health) -> list[Mapping[str, Any]]:

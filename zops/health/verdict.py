@@ -76,6 +76,10 @@ class Health:
         """The worst of the probes."""
         return worst(probe.verdict for probe in self.probes)
 
+    def probe(self, layer: str) -> Probe | None:
+        """Return what was found in a layer, None where it was not asked."""
+        return next((probe for probe in self.probes if probe.layer == layer), None)
+
     @property
     def first_bad(self) -> Probe | None:
         """The layer to look at first: the outermost that failed, else the outermost that is degraded."""

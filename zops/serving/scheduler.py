@@ -7,12 +7,13 @@ lost, a timer fires. So there are no locks.
 import asyncio
 from collections.abc import Callable
 from dataclasses import asdict, replace
-from typing import Any, Protocol
+from typing import Any
 
 from zops.errors import ZopsError
 from zops.events import Report, Warned, silent
 from zops.serving.answers import Queue
 from zops.serving.batching import CROWD_S, LINGER_S, largest_batch
+from zops.serving.bounds import Bounds
 from zops.serving.errors import ApiError
 from zops.serving.fairness import FairQueue
 from zops.serving.life import Patience, Worker
@@ -39,25 +40,6 @@ from zops.serving.progress import Progress
 RETRY_LATER_S = 5.0
 # Weight of the newest batch in the moving average of what a picture takes.
 _NEWEST = 0.2
-
-
-class Bounds(Protocol):
-    """The operator's limits that concern the queue and the workers."""
-
-    @property
-    def max_queue(self) -> int:
-        """Requests that may wait."""
-        ...
-
-    @property
-    def request_timeout_s(self) -> float:
-        """Longest that one request may take."""
-        ...
-
-    @property
-    def startup_timeout_s(self) -> float:
-        """Longest that a worker may take until it is ready."""
-        ...
 
 
 class Scheduler:

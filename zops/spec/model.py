@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ByteSize, ConfigDict, Field, field_validator, model_validator
 
 from zops import __version__
 
@@ -237,23 +237,25 @@ _ENGINE = re.compile(r"^(local|context:[\w.-]+|(unix|ssh|tcp)://.+)$")
 _ENGINE_FORMS = "must be local, context:NAME, unix:///path, tcp://host:port or ssh://user@host"
 
 
+def _engine_form(value: str) -> str:
+    if not _ENGINE.match(value):
+        raise ValueError(_ENGINE_FORMS)
+    return value
+
+
+Engine = Annotated[str, AfterValidator(_engine_form)]
+
+
 class Host(_Section):
     """Another host whose instances `zops health --all` judges too."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9]([A-Za-z0-9._-]{0,62}[A-Za-z0-9])?$", description="name in the output")
-    engine: str = Field("local", description="as engine: local, context:NAME, tcp://host:port or ssh://user@host")
+    engine: Engine = Field("local", description="as engine: local, context:NAME, tcp://host:port or ssh://user@host")
     url: str | None = Field(
         None,
         pattern=r"^https?://[^\s/?#]+$",
         description="where its published ports are reached, as http://gpu-2; asked through the engine when empty",
     )
-
-    @field_validator("engine")
-    @classmethod
-    def _engine_form(cls, value: str) -> str:
-        if not _ENGINE.match(value):
-            raise ValueError(_ENGINE_FORMS)
-        return value
 
 
 _GPU_NAME = re.compile(r"^(GPU|MIG)-[0-9A-Za-z-]+$")
@@ -268,7 +270,7 @@ class Spec(_Section):
     source: Source = Source()
     cache: Cache = Cache()
     runtime: Literal["docker", "process", "kubernetes"] = "docker"
-    engine: str = Field("local", description="local, context:NAME, unix:///path, tcp://host:port or ssh://user@host")
+    engine: Engine = Field("local", description="local, context:NAME, unix:///path, tcp://host:port or ssh://user@host")
     image: Image = Image()
     gpus: Gpus = Field("all", description="all, none, or a list of indices or GPU-... names")
     serve: Serve = Serve()
@@ -276,13 +278,6 @@ class Spec(_Section):
     backup: Backup = Backup()
     watch: Watch = Watch()
     hosts: tuple[Host, ...] = Field((), description="hosts that zops health --all judges: name, engine, url of each")
-
-    @field_validator("engine")
-    @classmethod
-    def _engine_form(cls, value: str) -> str:
-        if not _ENGINE.match(value):
-            raise ValueError(_ENGINE_FORMS)
-        return value
 
     @field_validator("hosts")
     @classmethod

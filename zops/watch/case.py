@@ -4,7 +4,6 @@ No time passes in here and nothing is asked or changed: answers and moments come
 """
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 from zops.health.verdict import Verdict
@@ -221,8 +220,3 @@ class Case:
         self._suspect = False
         self._bad_since = None
         self._seen_at = -math.inf
-
-
-def trim(heals: Iterable[Heal], now: float, keep_s: float) -> list[Heal]:
-    """Return the heals that are younger than `keep_s`, oldest first."""
-    return [heal for heal in heals if now - heal.at < keep_s]

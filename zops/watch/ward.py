@@ -12,7 +12,7 @@ from zops.cache.manifest import read_manifest
 from zops.errors import ZopsError
 from zops.events import silent
 from zops.health.probes import check_instance
-from zops.health.verdict import Health, Probe
+from zops.health.verdict import Health
 from zops.runtime.base import Instance, Runtime
 from zops.watch.case import CANARY, Case, Change
 from zops.watch.healing import OF_THE_SNAPSHOT, Action, Decision
@@ -87,7 +87,7 @@ class Ward:
         if shallow.verdict == "failed" or not self.case.wants_canary(now) or not self._may_paint(shallow):
             return shallow, False
         deep = self._check(instance, deep=True)
-        probe = _probe(deep, CANARY)
+        probe = deep.probe(CANARY)
         self._station.figures.set("last_canary_timestamp_seconds", now, self.case.name, self.case.runtime)
         if probe is None:
             return deep, False
@@ -112,7 +112,7 @@ class Ward:
 
     def _may_paint(self, health: Health) -> bool:
         """Tell whether a canary would disturb nobody: there is room in the queue, and nobody deploys."""
-        ready = _probe(health, "ready")
+        ready = health.probe("ready")
         queue = ready.evidence.get("queue") if ready else None
         if isinstance(queue, Mapping):
             waiting, limit = queue.get("waiting"), queue.get("limit")
@@ -292,10 +292,6 @@ def _answer(health: Health, now: float) -> Answer:
     if bad is None:
         return Answer(now, "ok")
     return Answer(now, bad.verdict, bad.code, bad.layer, bad.reason)
-
-
-def _probe(health: Health, layer: str) -> Probe | None:
-    return next((probe for probe in health.probes if probe.layer == layer), None)
 
 
 def _host_has(instance: Instance) -> bool:
