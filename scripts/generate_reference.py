@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from difflib import unified_diff
 from pathlib import Path
 
 import click
@@ -66,6 +67,10 @@ def main(argv: list[str]) -> int:
             stale.append(name)
             if "--check" not in argv:
                 path.write_text(text, encoding="utf-8")
+            elif path.exists():
+                sys.stderr.writelines(
+                    unified_diff(path.read_text(encoding="utf-8").splitlines(True), text.splitlines(True))
+                )
     for name in stale:
         sys.stderr.write(f"{name} {'is stale: run make docs' if '--check' in argv else 'written'}\n")
     return 1 if stale and "--check" in argv else 0

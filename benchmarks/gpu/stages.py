@@ -117,6 +117,20 @@ def gpu_seconds(work: Callable[[], object], *, runs: int = 20, warm: int = 3) ->
     return statistics.median(start.elapsed_time(end) for start, end in pairs) / 1e3
 
 
+def steady_seconds(work: Callable[[], object], lasting_s: float = 1.0) -> float:
+    """Return the mean time of a piece of GPU work over as long as an image takes, seconds.
+
+    A card that may draw 700 W does not hold the clock of the first milliseconds.
+    """
+    runs = max(3, int(lasting_s / gpu_seconds(work, runs=5)))
+
+    def again() -> None:
+        for _ in range(runs):
+            work()
+
+    return gpu_seconds(again, runs=1, warm=1) / runs
+
+
 def clocks() -> str:
     query = "--query-gpu=name,driver_version,clocks.sm,power.draw,temperature.gpu"
     argv = ["nvidia-smi", query, "--format=csv,noheader"]

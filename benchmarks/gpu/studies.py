@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.gpu.stages import gpu_seconds, timed, wait
+from benchmarks.gpu.stages import gpu_seconds, steady_seconds, timed, wait
 from benchmarks.gpu.workbench import Workbench
 from zops.serving.accelerate import gate, preset
 from zops.serving.accelerate.attention import NATIVE, probe
@@ -29,6 +29,9 @@ class Studies(Workbench):
                 b = torch.randn(n, k, device="cuda", dtype=torch.bfloat16)
                 flops = 2 * m * k * n
                 figures[f"bf16 {name} TFLOP/s"] = round(flops / gpu_seconds(lambda a=a, b=b: a @ b.t()) / 1e12)
+                figures[f"steady bf16 {name} TFLOP/s"] = round(
+                    flops / steady_seconds(lambda a=a, b=b: a @ b.t()) / 1e12
+                )
                 qa, qb = quantise(a), quantise(b)
                 for fast in (True, False):
                     seconds = gpu_seconds(
@@ -48,6 +51,8 @@ class Studies(Workbench):
             qkv = torch.randn(1, 4160, 3, 30, 128, device="cuda", dtype=torch.bfloat16)
             seconds = gpu_seconds(lambda: NATIVE.attend(*qkv.unbind(2)))
             figures["attention native by events TFLOP/s"] = round(flops / seconds / 1e12)
+            seconds = steady_seconds(lambda: NATIVE.attend(*qkv.unbind(2)))
+            figures["steady attention native TFLOP/s"] = round(flops / seconds / 1e12)
             x = torch.empty(2**30, device="cuda", dtype=torch.int8)
             y = torch.empty_like(x)
             figures["copy TB/s"] = round(2 * x.numel() / gpu_seconds(lambda: y.copy_(x)) / 1e12, 2)

@@ -158,8 +158,8 @@ def test_a_server_that_says_200_while_nothing_works_must_be_found_out_by_its_pic
             before = liar.state["StartedAt"]
             lied = time.time()
             (truth / "lie").touch()
-            verdict = watch.expect(lied, "verdict", instance="liar", verdict="failed")
-            assert (verdict["layer"], verdict["code"]) == ("canary", "canary-failed")
+            verdict = watch.expect(lied, "verdict", instance="liar", code="canary-failed")
+            assert (verdict["layer"], verdict["verdict"]) == ("canary", "failed")
             assert verdict["seconds_at"] - lied <= 2 * EAGER["interval_s"] + BUSY_S
             # A restart does not help, so the next is the stronger one.
             for action in ("restart", "recreate"):

@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -172,6 +173,22 @@ def session_lives(leader):
     except ProcessLookupError:
         return False
     return True
+
+
+def test_ctrl_c_while_a_measuring_process_starts_must_end_it_and_its_clock(own_model, monkeypatch):
+    started = []
+
+    def start(clock):
+        started.append(clock)
+        threading.Thread.start(clock)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Timer, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_inside("load", {"snapshot": str(own_model), "way": "zops"}, timeout_s=600))
+    (clock,) = started
+    assert clock.daemon
+    eventually(lambda: not clock.is_alive(), "the clock to stop")
 
 
 def test_ctrl_c_must_keep_what_was_measured(own_model, tmp_path):

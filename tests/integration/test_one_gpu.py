@@ -1,10 +1,12 @@
-"""What only a GPU can show of graphs: how torch's allocator takes what is done with their pools. Skipped elsewhere."""
+"""What only a GPU can show: how torch's allocator takes what is done with pools and streams. Skipped elsewhere."""
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
-from zops.serving.accelerate.graphs import Graphs  # noqa: E402 - torch may be missing
+from zops.serving.accelerate import fused  # noqa: E402 - torch may be missing
+from zops.serving.accelerate.graphs import Graphs  # noqa: E402 - as above
+from zops.serving.accelerate.rows import operations  # noqa: E402 - as above
 from zops.serving.memory import count_free  # noqa: E402 - as above
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -64,3 +66,21 @@ def test_memory_that_is_too_short_for_a_graph_must_fail_neither_the_call_nor_the
     assert graphs.get("hungry again", hungry) is None
     assert graphs.held_bytes == {}
     graphs.get("doubles", doubles(numbers, out))()
+
+
+def test_weights_that_came_on_another_stream_must_not_be_held_twice_while_they_are_fused(monkeypatch):
+    from diffusers import ZImageTransformer2DModel
+
+    width, layers = 3072, 6
+    with torch.cuda.stream(torch.cuda.Stream()):
+        transformer = ZImageTransformer2DModel(
+            dim=width, n_layers=layers, n_refiner_layers=1, n_heads=24, n_kv_heads=24, cap_feat_dim=64
+        ).to("cuda", torch.bfloat16)
+        transformer.requires_grad_(requires_grad=False)
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    monkeypatch.setattr(fused, "MOST_KEPT", 1 << 24)
+    fused.fuse_blocks(transformer, operations(torch.device("cuda")), fp8=False)
+    assert torch.cuda.max_memory_reserved() - before < before / 2

@@ -272,10 +272,11 @@ class S3Store:
         if (etag or (found["e_tag"] or "").strip('"')) == f"{joined}-{len(parts)}":
             return
         start = 0
-        for _, md5, size in parts:
-            if hashlib.md5(self.read_range(name, start, start + size), usedforsecurity=False).digest() != md5:
+        for part in parts:
+            data = self.read_range(name, start, start + part.size)
+            if hashlib.md5(data, usedforsecurity=False).digest() != part.md5:
                 raise self._corrupted(name)
-            start += size
+            start += part.size
 
     def _corrupted(self, name: str) -> SourceFailed:
         return SourceFailed(

@@ -22,19 +22,15 @@ class Sent(NamedTuple):
     etag: str
     md5: bytes
     size: int
+    was_there: bool = False
 
 
 class Outgoing:
-    """Cuts what is written here into parts, and hands them on in threads, but for those that the bucket has already.
-
-    Attributes:
-        kept_size: bytes of the parts that were there, as their MD5 says, and were not sent again.
-    """
+    """Cuts what is written here into parts, and hands them on in threads, but for those that the bucket has already."""
 
     def __init__(
         self, put: Callable[[int, memoryview, bytes], str], part: int, there: Mapping[int, tuple[str, int]]
     ) -> None:
-        self.kept_size = 0
         self._put, self._part, self._there = put, part, there
         # The same few buffers again and again; they would come to twice as much if each part grew one of its own.
         self._free: list[bytearray] = []
@@ -42,6 +38,11 @@ class Outgoing:
         self._threads = ThreadPoolExecutor(CONCURRENCY, thread_name_prefix="zops-upload")
         self._flying: deque[tuple[Future[Sent], bytearray]] = deque()
         self._sent: list[Sent] = []
+
+    @property
+    def kept_size(self) -> int:
+        """Bytes of the parts that were there, as their MD5 says, and were not sent again; final after `finish`."""
+        return sum(sent.size for sent in self._sent if sent.was_there)
 
     def write(self, data: bytes) -> None:
         """Take more bytes.
@@ -91,8 +92,7 @@ class Outgoing:
     def _settle(self, number: int, body: memoryview) -> Sent:
         md5 = hashlib.md5(body, usedforsecurity=False).digest()
         if self._there.get(number) == (md5.hex(), len(body)):
-            self.kept_size += len(body)
-            return Sent(md5.hex(), md5, len(body))
+            return Sent(md5.hex(), md5, len(body), was_there=True)
         return Sent(self._put(number, body, md5), md5, len(body))
 
 

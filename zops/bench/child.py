@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 from zops.errors import ZopsError
@@ -35,8 +36,9 @@ def run_inside(kind: str, task: Mapping[str, Any], *, timeout_s: float) -> Itera
             child.kill()
 
         clock = threading.Timer(timeout_s, give_up)
-        clock.start()
+        clock.daemon = True  # Ctrl-C may come before it is in our hands; no end may wait for it
         try:
+            clock.start()
             assert child.stdin, "asked for above"
             assert child.stdout, "asked for above"
             with child.stdin as into:
@@ -79,8 +81,9 @@ def _end(child: subprocess.Popen[str]) -> None:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-    if child.stdout:
-        child.stdout.close()
+    for pipe in filter(None, (child.stdin, child.stdout)):
+        with suppress(BrokenPipeError):
+            pipe.close()
 
 
 def _last_line(text: str, status: int) -> str:

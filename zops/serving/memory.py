@@ -5,9 +5,12 @@ from collections.abc import Callable, Sequence
 Told = tuple[tuple[int, int], ...]
 """Used and total bytes of each card; empty where that cannot be told."""
 
+MOST_KEPT = 1 << 30
+"""Bytes of replaced weights above which they are given back: that takes milliseconds, so not for each of them."""
 
-def give_back(device: str) -> None:
-    """Give the driver what torch keeps of freed memory, on all cards.
+
+def give_back(device: str, *, above: int = 0) -> None:
+    """Give the driver what torch keeps of freed memory, on all cards, if it is more than `above` bytes on this one.
 
     The allocator first waits for the streams that memory was allocated on or recorded for (`Tensor.record_stream`), so
     nothing else has to be waited for before. It pays where tensors of other sizes, or of another stream, are wanted
@@ -16,7 +19,8 @@ def give_back(device: str) -> None:
     if _is_cuda(device):
         import torch  # noqa: PLC0415 - only the worker may pay for it
 
-        torch.cuda.empty_cache()
+        if _count_kept(device) > above:
+            torch.cuda.empty_cache()
 
 
 def count_free(device: str) -> int | None:
@@ -26,8 +30,7 @@ def count_free(device: str) -> int | None:
     if not _is_cuda(device):
         return None
     # What torch holds for later counts as free: the next image takes it from there.
-    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return int(torch.cuda.mem_get_info(device)[0] + kept)
+    return int(torch.cuda.mem_get_info(device)[0] + _count_kept(device))
 
 
 def gauge(devices: Sequence[str]) -> Callable[[], Told]:
@@ -60,6 +63,13 @@ class Peak:
         import torch  # noqa: PLC0415 - as above
 
         return {device: torch.cuda.max_memory_allocated(device) - before for device, before in self._before.items()}
+
+
+def _count_kept(device: str) -> int:
+    """Return the bytes of a card that were freed, and that torch keeps for later."""
+    import torch  # noqa: PLC0415 - as above
+
+    return int(torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
 
 
 def _is_cuda(device: str) -> bool:

@@ -6,13 +6,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import cast
 
-from zops.errors import LockHeld, UsageError, ZopsError
+from zops.errors import LockHeld, RuntimeUnreachable, UsageError
 from zops.events import silent
-from zops.host.engine import resolve
 from zops.runtime.base import ReadOnly, Runtime
 from zops.runtime.claim import claim
 from zops.runtime.process import ProcessRuntime
-from zops.runtime.select import open_runtime
+from zops.runtime.select import is_remote, open_runtime
 from zops.spec import Spec
 from zops.watch.events import EventFile, Mailbox, Occurrence, Tell
 from zops.watch.guard import Guard
@@ -132,14 +131,14 @@ def _posts(spec: Spec, *, dry_run: bool) -> list[Post]:
 
     posts = [Post("process", fit(ProcessRuntime()))]
     if spec.runtime == "docker":
-        posts.insert(0, Post("docker", fit(open_runtime(spec)), is_remote=_is_remote(spec.engine)))
+        posts.insert(0, Post("docker", fit(open_runtime(spec)), is_remote=_is_elsewhere(spec)))
     return posts
 
 
-def _is_remote(engine: str) -> bool:
+def _is_elsewhere(spec: Spec) -> bool:
     try:
-        return not resolve(engine).is_local
-    except ZopsError:
+        return is_remote(spec)
+    except RuntimeUnreachable:
         # Its post says so with each listing; nothing of it is known to be this host's.
         return True
 

@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional
 
 from zops.serving.accelerate.rows import Quantised, RowOperations, Rows, quantise
+from zops.serving.memory import MOST_KEPT, give_back
 
 # The matrix units take fp8 in pieces of 16 columns and rows.
 _PIECE = 16
@@ -92,13 +93,14 @@ def quantise_weight(weight: torch.Tensor) -> Quantised:
 def stacked(*layers: Any, fp8: bool) -> AnyLinear:
     """Return one linear layer in place of several that have the same input, in fp8 if asked for and possible.
 
-    A scale belongs to one row of a weight, so layers that are in fp8 already are put together as they are.
+    A scale belongs to one row of a weight, so layers that are in fp8 already are put together as they are. A single one
+    is copied, too: memory is given back by the page, and what stayed where it arrived would keep its neighbours' pages.
     """
     if any(isinstance(layer, Fp8Linear) for layer in layers):
         weights = [Quantised(layer.weight, layer.scales.view(-1, 1)) for layer in layers]
         values, scales = torch.cat([w.values for w in weights]), torch.cat([w.scales for w in weights])
         return Fp8Linear(Quantised(values, scales), layers[0].dtype)
-    weight = torch.cat([layer.weight.detach() for layer in layers]) if len(layers) > 1 else layers[0].weight
+    weight = torch.cat([layer.weight.detach() for layer in layers])
     return Fp8Linear(weight, weight.dtype) if fp8 and fits_fp8(weight) else Linear(weight)
 
 
@@ -123,6 +125,7 @@ def quantise_linears(module: nn.Module, rows: RowOperations) -> int:
         plain = isinstance(child, nn.Linear) and getattr(child, "bias", None) is None and fits_fp8(child.weight)
         if plain or isinstance(child, Fp8Linear):
             setattr(module, name, Fp8Drop(cast("Fp8Linear", stacked(child, fp8=True)), rows))
+            give_back(str(child.weight.device), above=MOST_KEPT)
             count += 1
         else:
             count += quantise_linears(child, rows)

@@ -14,6 +14,7 @@ from zops.serving.accelerate.attention import NATIVE, Attend, runs
 from zops.serving.accelerate.cards import ALONE, Cards
 from zops.serving.accelerate.fp8 import AnyLinear, stacked
 from zops.serving.accelerate.rows import RowOperations, Rows
+from zops.serving.memory import MOST_KEPT, give_back
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +119,7 @@ def real_table(turns: torch.Tensor) -> torch.Tensor:
 
 
 def fuse_blocks(transformer: Any, rows: RowOperations, *, fp8: bool, refiners_too: bool = True) -> int:
-    """Put fused blocks in place of a transformer's own, one at a time so that memory holds one block twice.
+    """Put fused blocks in place of a transformer's own, one at a time so that memory holds few blocks twice.
 
     The caption's refiner stays in full precision: it runs once a prompt, and its error would reach every layer.
 
@@ -131,5 +132,7 @@ def fuse_blocks(transformer: Any, rows: RowOperations, *, fp8: bool, refiners_to
         for i, block in enumerate(blocks):
             quantised = fp8 and (name == "layers" or (refiners_too and name == "noise_refiner"))
             blocks[i] = FusedBlock(block, rows, fp8=quantised)
+            # Weights came on another stream than they are fused on, so fusing does not reuse what it frees.
+            give_back(str(transformer.x_pad_token.device), above=MOST_KEPT)
             count += 1
     return count

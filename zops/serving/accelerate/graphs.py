@@ -17,6 +17,7 @@ def capture(work: Work, pool: Any) -> Work:
 
     `work` runs once before, since libraries choose and compile their kernels at first use, which no graph can hold.
     """
+    torch.cuda.empty_cache()  # what was freed on the stream of the images is of no use on this one
     side = _side(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
