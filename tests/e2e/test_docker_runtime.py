@@ -32,6 +32,7 @@ from zops.host.engine import inspect
 from zops.runtime.base import Deployment, drift
 from zops.runtime.container import container_options
 from zops.runtime.docker import DockerRuntime
+from zops.runtime.replacing import remove_volume
 from zops.runtime.supervisor import Identity
 from zops.spec import Spec
 
@@ -110,7 +111,7 @@ def name(engine: docker.DockerClient) -> Iterator[str]:
     for container in engine.containers.list(all=True, filters={"name": f"zops-{name}"}):
         container.remove(force=True, v=True)
     for volume in engine.volumes.list(filters={"name": f"zops-{name}"}):
-        volume.remove(force=True)
+        remove_volume(volume)
 
 
 @pytest.fixture
@@ -428,6 +429,30 @@ def test_down_with_volumes_must_leave_nothing(runtime, make, name: str, engine) 
     assert runtime.down(name, silent, volumes=True)
     assert names(engine, name) == []
     assert engine.volumes.list(filters={"name": f"zops-{name}"}) == []
+
+
+def test_down_must_wait_for_a_volume_that_the_engine_lets_go_late(runtime, make, name: str, engine, good_image) -> None:
+    runtime.up(make(), silent)
+    holder = engine.containers.create(good_image, name=f"zops-{name}-holder", volumes=[f"zops-{name}-compile:/held"])
+
+    def let_go() -> None:
+        eventually(lambda: f"zops-{name}" not in names(engine, name), "the container to go")
+        holder.remove()
+
+    later = threading.Thread(target=let_go)
+    later.start()
+    assert runtime.down(name, silent, volumes=True)
+    later.join()
+    assert engine.volumes.list(filters={"name": f"zops-{name}"}) == []
+
+
+def test_a_volume_that_somebody_uses_must_be_left_to_them(runtime, make, name: str, engine, good_image) -> None:
+    runtime.up(make(), silent)
+    engine.containers.create(good_image, name=f"zops-{name}-holder", volumes=[f"zops-{name}-compile:/held"])
+    with pytest.raises(ZopsError, match="volume is in use") as caught:
+        runtime.down(name, silent, volumes=True)
+    assert caught.value.code == "engine-refused"
+    assert len(engine.volumes.list(filters={"name": f"zops-{name}-compile"})) == 1
 
 
 def test_broken_labels_must_not_hide_the_other_instances(runtime, make, name: str, engine, good_image) -> None:

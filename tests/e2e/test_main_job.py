@@ -13,6 +13,7 @@ import pytest
 
 from tests.support.host import Host, free_port
 from tests.support.waiting import eventually
+from zops.runtime.replacing import remove_volume
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 
@@ -30,7 +31,7 @@ def host(tmp_path: Path, tiny_model: Path, inference_image: str, engine: docker.
     for container in containers(engine, made):
         container.remove(force=True)
     for volume in engine.volumes.list(filters={"label": f"io.zops.deployment={name}"}):
-        volume.remove(force=True)
+        remove_volume(volume)
 
 
 def containers(engine: docker.DockerClient, host: Host) -> list[Any]:

@@ -28,6 +28,8 @@ HIDE = """(hidden) => {
 }"""
 LOAD_FAILURE = "Failed to load resource"
 """What Chromium writes for every answer that is an error, expected or not."""
+NETWORK_CHANGED = "ERR_NETWORK_CHANGED"
+"""Chromium drops what is under way when a network comes or goes, and other tests make networks for containers."""
 
 
 @pytest.fixture(scope="module")
@@ -56,11 +58,15 @@ class Visit:
 
     def open(self) -> Page:
         page = self.context.new_page()
-        page.on("console", lambda message: message.type == "error" and self.errors.append(message.text))
+        page.on("console", lambda message: message.type == "error" and self._note(message.text))
         page.on("pageerror", lambda error: self.errors.append(f"exception: {error}"))
         page.on("request", lambda request: self.hosts.add(urlsplit(request.url).netloc))
         page.goto(self.url)
         return page
+
+    def _note(self, error):
+        if NETWORK_CHANGED not in error:
+            self.errors.append(error)
 
     def at(self, name) -> Locator:
         return self.page.locator(f"#{name}")
@@ -264,6 +270,45 @@ def test_a_full_queue_must_be_shown_with_a_countdown_and_another_try(visit, narr
         other.page.keyboard.press("Escape")
     fault.get_by_role("button", name="Try again", exact=True).click(timeout=60_000)
     expect(visitor.pictures).to_have_count(1)
+
+
+@pytest.mark.parametrize("name", ["state.js", "page.js", "page.css"])
+def test_a_page_of_which_a_part_was_lost_must_be_loaded_again(visit, served, name):
+    visitor = visit(served)
+    lost = []
+
+    def lose(route):
+        lost.append(name)
+        if len(lost) == 1:
+            route.abort("connectionreset")
+        else:
+            route.continue_()
+
+    visitor.page.route(f"**/assets/{name}", lose)
+    visitor.page.reload()
+    eventually(lambda: visitor.page.wait_for_timeout(50) or len(lost) == 2, "a second load")
+    visitor.expect_phase("ready")
+    expect(visitor.at("lost")).to_be_hidden()
+
+
+def test_a_page_that_never_comes_whole_must_say_so_and_load_no_more(visit, served):
+    visitor = visit(served, locale="zh-CN")
+    visitor.expect_phase("ready")
+    loads = []
+
+    def lose(route):
+        loads.append(route.request.url)
+        route.abort()
+
+    visitor.page.route("**/assets/state.js", lose)
+    visitor.page.reload()
+    expect(visitor.at("lost")).to_be_visible()
+    assert len(loads) == 4
+    visitor.page.unroute("**/assets/state.js")
+    visitor.page.reload()
+    visitor.expect_phase("ready")
+    expect(visitor.at("lost")).to_be_hidden()
+    assert visitor.page.evaluate("sessionStorage.getItem('zops-reloads')") == "0"
 
 
 def test_a_lost_worker_must_be_shown_and_its_return(visit, narrow):

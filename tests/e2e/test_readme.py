@@ -11,6 +11,7 @@ import docker
 import pytest
 
 from tests.support.host import free_port
+from zops.runtime.replacing import remove_volume
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -63,4 +64,4 @@ def test_the_commands_for_a_host_must_run_one_after_another(
         for container in docker_client.containers.list(all=True, filters={"label": f"io.zops.deployment={name}"}):
             container.remove(force=True)
         for volume in docker_client.volumes.list(filters={"label": f"io.zops.deployment={name}"}):
-            volume.remove(force=True)
+            remove_volume(volume)

@@ -29,6 +29,7 @@ from zops.host.engine import inspect
 from zops.runtime.base import LABEL, Deployment, Instance, labels
 from zops.runtime.container import compile_volume, container_name, container_options
 from zops.runtime.docker import DockerRuntime
+from zops.runtime.replacing import remove_volume
 from zops.spec import Spec
 
 START_TIMEOUT_S = 90.0
@@ -164,7 +165,7 @@ class Victim:
             with suppress(docker.errors.NotFound):
                 container.remove(force=True, v=True)
         with suppress(docker.errors.NotFound):
-            self.engine.client.volumes.get(compile_volume(self.name)).remove(force=True)
+            remove_volume(self.engine.client.volumes.get(compile_volume(self.name)))
 
     # --- its processes, by their numbers on this host
 

@@ -35,7 +35,7 @@ from zops.runtime.container import (
 )
 from zops.runtime.pulling import follow, pull_failed
 from zops.runtime.refusals import explain
-from zops.runtime.replacing import NEXT, choose_container, discard_container, stop_container
+from zops.runtime.replacing import NEXT, choose_container, discard_container, remove_volume, stop_container
 from zops.spec import Spec
 
 if TYPE_CHECKING:
@@ -380,7 +380,7 @@ class DockerRuntime:
         if volume is None:
             return False
         with engine_errors(f"removing the volume {compile_volume(name)}"):
-            volume.remove()
+            remove_volume(volume)
         return True
 
 

@@ -4,14 +4,21 @@ import math
 from contextlib import suppress
 from typing import Any
 
+import tenacity
+
 from zops.errors import ZopsError
 from zops.host.engine import engine_errors
 
 # docker-py's; only the runtime itself knows docker-py.
 Container = Any
+Volume = Any
 
 # A dot is allowed in a container's name and not in a deployment's, so this can be no other deployment's container.
 NEXT = ".next"
+
+# How long an engine may hold a volume after it said that the container which used it is gone.
+RELEASE_TIMEOUT_S = 5.0
+_CONFLICT = 409
 
 
 def choose_container(containers: list[Container]) -> Container:
@@ -39,3 +46,17 @@ def discard_container(container: Container) -> None:
     """Remove a container that came to nothing; the error that is on its way matters more than one of this."""
     with suppress(ZopsError), engine_errors(f"removing {container.name}"):
         container.remove(v=True, force=True)
+
+
+def remove_volume(volume: Volume) -> None:
+    """Remove the volume of containers that are gone.
+
+    Raises:
+        APIError: docker-py's, when the engine refuses; when something still uses the volume, after a few seconds.
+    """
+    tenacity.Retrying(
+        retry=tenacity.retry_if_exception(lambda error: getattr(error, "status_code", None) == _CONFLICT),
+        stop=tenacity.stop_after_delay(RELEASE_TIMEOUT_S),
+        wait=tenacity.wait_fixed(0.1),
+        reraise=True,
+    )(volume.remove)
