@@ -227,6 +227,21 @@ def test_a_signal_before_the_server_began_must_end_it_with_status_0(launch, numb
     assert "Traceback" not in server.log.read_text()
 
 
+def test_a_signal_while_a_class_is_being_made_must_end_the_start_with_status_0():
+    program = """
+import os, signal, zops.cli.main as main
+
+class Struck:
+    def __set_name__(self, owner, name):
+        os.kill(os.getpid(), signal.SIGTERM)
+
+main.run = lambda argv: type("Owner", (), {"struck": Struck()})
+main.main(["serve"])
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_weights_that_give_no_picture_must_never_become_ready(tiny_model, tmp_path):
 
     from safetensors.torch import load_file, save_file

@@ -135,7 +135,8 @@ def _render(error: ZopsError | click.ClickException | click.exceptions.Exit, out
 
 
 def _leave(_signal: int, _frame: object) -> None:
-    sys.exit(0)
+    # No exception: it would come up anywhere in an import, where a class being made wraps it into a RuntimeError.
+    os._exit(0)
 
 
 def _interrupt(_signal: int, _frame: object) -> None:
