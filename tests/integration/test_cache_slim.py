@@ -236,6 +236,10 @@ def test_killed_at_any_moment_it_must_leave_nothing_half_and_go_on(parent: Path)
     for moment in [*moments, total - 6, total - 3, total - 1]:
         shutil.rmtree(target)
         killed = doomed(parent, moment)
+        if killed.returncode == 0:
+            # Its imports count too, and the first run may have compiled some of them: then the last moments never come.
+            assert total - 6 <= int(killed.stdout) < moment
+            continue
         assert killed.returncode == -signal.SIGKILL, killed.stderr
         assert not is_verified(target) or require_verified(target).digest == digest
         assert is_verified(choose(cache_of(parent), MODEL).path), "what was served before must still be"

@@ -114,10 +114,15 @@ def test_a_snapshot_that_changed_must_not_be_read(tiny_model, tmp_path):
     assert told[-1] == Entered("verify")
 
 
-def test_threads_and_gpus_must_reach_the_libraries_by_the_environment(tiny_model):
+def test_threads_and_gpus_must_reach_the_libraries_by_the_environment(tiny_model, monkeypatch):
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
     prepare_environment(settings_for(tiny_model, threads=3, gpus="1"))
     assert (os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]) == ("3", "1")
     assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert int(os.environ["GOMP_SPINCOUNT"]) <= 1000
+    monkeypatch.setenv("GOMP_SPINCOUNT", "7")
+    prepare_environment(settings_for(tiny_model))
+    assert os.environ["GOMP_SPINCOUNT"] == "7"
 
 
 def test_the_worker_must_be_imported_without_torch():

@@ -352,36 +352,35 @@ def _update(victim: Victim, **options: Any) -> None:
 
 @dataclass(frozen=True)
 class FakeGpu:
-    """NVML's C library in a directory that is mounted into a container, and the scenario that it plays."""
+    """NVML's C library and a sound GPU, in a directory that is mounted into containers."""
 
     directory: Path
 
     @classmethod
     def build(cls, directory: Path) -> "FakeGpu":
-        """Compile the library; the GPU is a sound one."""
+        """Compile the library."""
         directory.mkdir()
         compiler = shutil.which("gcc") or shutil.which("cc")
         assert compiler, "no C compiler here: run scripts/ensure-test-tools"
         target = directory / "libnvidia-ml.so.1"
         subprocess.run([compiler, "-shared", "-fPIC", "-o", target, TESTDATA / "fake_nvml.c"], check=True)
-        directory.chmod(0o755)
-        made = cls(directory)
-        made.play("h200")
-        return made
+        for name in ("h200", "taken-away"):
+            shutil.copyfile(TESTDATA / "nvml" / f"{name}.nvml", directory / name)
+        for path in (directory, *directory.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+        return cls(directory)
 
-    def play(self, scenario: str) -> None:
-        """Play another scenario from the next question on."""
-        fresh = self.directory / "next"
-        shutil.copyfile(TESTDATA / "nvml" / f"{scenario}.nvml", fresh)
-        fresh.chmod(0o644)
-        fresh.rename(self.directory / "scenario")
+    def take_from(self, victim: Victim) -> None:
+        """Take it from a container that runs; the next one has it again."""
+        inside = ["nsenter", "--target", str(victim.init_pid), "--mount", "--pid"]
+        subprocess.run([*inside, "mount", "--bind", "/nvml/taken-away", "/nvml/h200"], check=True)
 
     def mount(self, options: dict[str, Any]) -> None:
         """Change the body of a container's creation so that it sees this GPU."""
         options["HostConfig"]["Mounts"].append(
             {"Type": "bind", "Source": str(self.directory), "Target": "/nvml", "ReadOnly": True}
         )
-        options["Env"] += ["LD_LIBRARY_PATH=/nvml", "FAKE_NVML=/nvml/scenario"]
+        options["Env"] += ["LD_LIBRARY_PATH=/nvml", "FAKE_NVML=/nvml/h200"]
 
 
 def tell_truth_of(victim: Victim, directory: Path) -> Victim:
