@@ -61,14 +61,6 @@ def scene(engine: PrivateEngine, tmp_path_factory: pytest.TempPathFactory) -> Sc
     return Scene(victim, time.monotonic() - began, root)
 
 
-@pytest.fixture(scope="module")
-def watch(request: pytest.FixtureRequest, scene: Scene) -> Iterator[Watching]:
-    """A watch: shallow, or deep with a canary at each probe. One at a time, or each would heal what the other does."""
-    settings = EAGER | ({"canary_every_s": 0.1} if request.param == "deep" else {})
-    with watching(scene.root / request.param, engine=scene.victim.engine.url, watch=settings) as watch:
-        yield watch
-
-
 @pytest.fixture
 def victim(scene: Scene) -> Victim:
     """The instance, made anew where a test before left it unwell."""
@@ -79,25 +71,36 @@ def victim(scene: Scene) -> Victim:
     return scene.victim
 
 
-@pytest.mark.parametrize(
-    ("watch", "case"),
-    [pytest.param("deep" if case.deep else "shallow", case, id=case.name) for case in CASES if case.in_suite],
-    indirect=["watch"],
-    scope="module",
-)
-def test_a_fault_must_be_named_and_healed_in_time(watch, case, victim, scene) -> None:
-    outcome = play(case, victim, watch)
-    print(outcome)
-    if not case.fleeting:
-        assert outcome.verdict_s is not None
-        assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + BUSY_S
-    # Beside others on the same cores this start may have taken longer than the first.
-    start_s = max(scene.start_s, outcome.start_s)
-    assert outcome.served_s <= start_s + BUSY_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
-    assert outcome.actions == ((case.action,) if case.action else ())
-    if not case.restraint:
-        assert outcome.replaced == (case.action == "recreate")
-        assert outcome.loud == ()
+class TestEachFault:
+    @pytest.fixture(scope="class")
+    def watch(self, request: pytest.FixtureRequest, scene: Scene) -> Iterator[Watching]:
+        """A watch: shallow, or deep with a canary at each probe.
+
+        One at a time, and gone before the tests below begin theirs, or each would heal what the other does.
+        """
+        settings = EAGER | ({"canary_every_s": 0.1} if request.param == "deep" else {})
+        with watching(scene.root / request.param, engine=scene.victim.engine.url, watch=settings) as watch:
+            yield watch
+
+    @pytest.mark.parametrize(
+        ("watch", "case"),
+        [pytest.param("deep" if case.deep else "shallow", case, id=case.name) for case in CASES if case.in_suite],
+        indirect=["watch"],
+        scope="class",
+    )
+    def test_a_fault_must_be_named_and_healed_in_time(self, watch, case, victim, scene) -> None:
+        outcome = play(case, victim, watch)
+        print(outcome)
+        if not case.fleeting:
+            assert outcome.verdict_s is not None
+            assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + BUSY_S
+        # Beside others on the same cores this start may have taken longer than the first.
+        start_s = max(scene.start_s, outcome.start_s)
+        assert outcome.served_s <= start_s + BUSY_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
+        assert outcome.actions == ((case.action,) if case.action else ())
+        if not case.restraint:
+            assert outcome.replaced == (case.action == "recreate")
+            assert outcome.loud == ()
 
 
 def test_an_engine_that_is_restarted_must_be_reported_and_its_instance_left_to_it(victim, scene) -> None:
@@ -128,8 +131,8 @@ def test_a_lost_gpu_must_have_its_instance_recreated_exactly_once(engine, victim
             # There is no GPU to compute on, which is as good as it gets here.
             watch.expect(0, "verdict", instance="gpu", code="gpu-unused")
             before = patient.container.id
-            gpu.take_from(patient)
             lost = time.time()
+            gpu.take_from(patient)
             verdict = watch.expect(lost, "verdict", instance="gpu", code="gpu-lost")["seconds_at"]
             assert verdict - lost <= 2 * EAGER["interval_s"] + LOOK_EVERY_S + BUSY_S
             watch.expect(verdict, "healing", instance="gpu", code="gpu-lost", action="recreate")

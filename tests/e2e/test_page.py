@@ -453,6 +453,7 @@ def test_a_key_must_be_asked_for_kept_for_the_tab_and_sent(visit, tiny_model, tm
                 expect(visitor.at("keyFault")).to_contain_text("none of")
         expect(visitor.pictures).to_have_count(1)
         visitor.page.reload()
+        visitor.expect_phase("ready")
         visitor.make("a second one")
         expect(visitor.pictures).to_have_count(2)
         assert key not in visitor.page.evaluate("JSON.stringify(localStorage) + location.href + document.cookie")

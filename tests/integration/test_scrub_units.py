@@ -13,6 +13,7 @@ import yaml
 
 from tests.support.kubernetes_api import find_kubectl
 from zops.cli.cache import cache
+from zops.cli.main import cli
 
 ROOT = Path(__file__).parents[2]
 SERVICE = ROOT / "systemd" / "zops-scrub.service"
@@ -46,8 +47,10 @@ def job(objects):
 
 def parse(words):
     """Parse the words behind `zops cache`, as click does; raises when one is unknown."""
-    name, command, rest = cache.resolve_command(click.Context(cache), list(words))
-    return name, command.make_context(name, rest).params
+    # A command remembers the help option of its first context, so that must be as it is when zops runs.
+    context = click.Context(cache, parent=click.Context(cli, **cli.context_settings))
+    name, command, rest = cache.resolve_command(context, list(words))
+    return name, command.make_context(name, rest, parent=context).params
 
 
 def test_the_unit_must_call_the_command_as_it_is() -> None:

@@ -103,8 +103,8 @@ CASES = (
     Case("restart loop", faults.looping, ("running/restart-loop",), restraint="gave-up", notice_s=LOOP_S),
     Case("weights zeroed in memory", faults.zero_weights_in_memory, ("canary/canary-black",), "restart", deep=True),
     Case(
-        "ten times slower",
-        lambda v: faults.throttled(v, 0.1),
+        "twenty times slower",
+        lambda v: faults.throttled(v, 0.05),
         ("canary/canary-slow",),
         "restart",
         deep=True,

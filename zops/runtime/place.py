@@ -41,11 +41,13 @@ def end_instance(place: Place, grace_s: float | None = None) -> None:
     if supervisor:
         _end(supervisor, own_s + 2 * SETTLE_S if grace_s is None else grace_s)
     child = read_status(place.path).child
-    if child and child.alive:
-        # A supervisor that had its time and was killed for it leaves a child that had it too.
-        _end(child, own_s if grace_s is None else 0 if supervisor else grace_s)
-        with suppress(ProcessLookupError):
-            os.killpg(child.pid, signal.SIGKILL)
+    # A supervisor that was killed here did not write down how its child ended, which may be gone by now.
+    if child and (child.alive or supervisor):
+        if child.alive:
+            # A supervisor that had its time and was killed for it leaves a child that had it too.
+            _end(child, own_s if grace_s is None else 0 if supervisor else grace_s)
+            with suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
         write_status(place.path, replace(read_status(place.path), child=None, exit_code=128 + signal.SIGKILL))
 
 
