@@ -71,38 +71,6 @@ def victim(scene: Scene) -> Victim:
     return scene.victim
 
 
-class TestEachFault:
-    @pytest.fixture(scope="class")
-    def watch(self, request: pytest.FixtureRequest, scene: Scene) -> Iterator[Watching]:
-        """A watch: shallow, or deep with a canary at each probe.
-
-        One at a time, and gone before the tests below begin theirs, or each would heal what the other does.
-        """
-        settings = EAGER | ({"canary_every_s": 0.1} if request.param == "deep" else {})
-        with watching(scene.root / request.param, engine=scene.victim.engine.url, watch=settings) as watch:
-            yield watch
-
-    @pytest.mark.parametrize(
-        ("watch", "case"),
-        [pytest.param("deep" if case.deep else "shallow", case, id=case.name) for case in CASES if case.in_suite],
-        indirect=["watch"],
-        scope="class",
-    )
-    def test_a_fault_must_be_named_and_healed_in_time(self, watch, case, victim, scene) -> None:
-        outcome = play(case, victim, watch)
-        print(outcome)
-        if not case.fleeting:
-            assert outcome.verdict_s is not None
-            assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + BUSY_S
-        # Beside others on the same cores this start may have taken longer than the first.
-        start_s = max(scene.start_s, outcome.start_s)
-        assert outcome.served_s <= start_s + BUSY_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
-        assert outcome.actions == ((case.action,) if case.action else ())
-        if not case.restraint:
-            assert outcome.replaced == (case.action == "recreate")
-            assert outcome.loud == ()
-
-
 def test_an_engine_that_is_restarted_must_be_reported_and_its_instance_left_to_it(victim, scene) -> None:
     with watching(scene.root / "engine", engine=victim.engine.url, watch=EAGER) as watch:
         began = watch.expect(0, "instance-found")["seconds_at"]
@@ -232,3 +200,36 @@ def test_full_disks_must_stop_neither_the_instance_nor_the_watch(tiny_model, tmp
                 assert host.image(seed=7) == first
         finally:
             host.run("down")
+
+
+@pytest.fixture(scope="module")
+def watch(request: pytest.FixtureRequest, scene: Scene) -> Iterator[Watching]:
+    """A watch: shallow, or deep with a canary at each probe.
+
+    One at a time, or each would heal what the other does. It stays until the module ends, so no test may come after those
+    that use it.
+    """
+    settings = EAGER | ({"canary_every_s": 0.1} if request.param == "deep" else {})
+    with watching(scene.root / request.param, engine=scene.victim.engine.url, watch=settings) as watch:
+        yield watch
+
+
+@pytest.mark.parametrize(
+    ("watch", "case"),
+    [pytest.param("deep" if case.deep else "shallow", case, id=case.name) for case in CASES if case.in_suite],
+    indirect=["watch"],
+    scope="module",
+)
+def test_a_fault_must_be_named_and_healed_in_time(watch, case, victim, scene) -> None:
+    outcome = play(case, victim, watch)
+    print(outcome)
+    if not case.fleeting:
+        assert outcome.verdict_s is not None
+        assert outcome.verdict_s <= 2 * EAGER["interval_s"] + case.notice_s + BUSY_S
+    # Beside others on the same cores this start may have taken longer than the first.
+    start_s = max(scene.start_s, outcome.start_s)
+    assert outcome.served_s <= start_s + BUSY_S + (ENGINE_PAUSE_S if case.restraint == "gave-up" else 0)
+    assert outcome.actions == ((case.action,) if case.action else ())
+    if not case.restraint:
+        assert outcome.replaced == (case.action == "recreate")
+        assert outcome.loud == ()
