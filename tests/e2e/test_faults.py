@@ -206,8 +206,8 @@ def test_full_disks_must_stop_neither_the_instance_nor_the_watch(tiny_model, tmp
 def watch(request: pytest.FixtureRequest, scene: Scene) -> Iterator[Watching]:
     """A watch: shallow, or deep with a canary at each probe.
 
-    One at a time, or each would heal what the other does. It stays until the module ends, so no test may come after those
-    that use it.
+    One at a time, or each would heal what the other does. It stays until the module ends, so no other test may come
+    after those that use it.
     """
     settings = EAGER | ({"canary_every_s": 0.1} if request.param == "deep" else {})
     with watching(scene.root / request.param, engine=scene.victim.engine.url, watch=settings) as watch:
