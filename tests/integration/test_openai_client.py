@@ -201,18 +201,16 @@ def test_errors_of_a_server_in_trouble_must_be_the_clients_own(narrow):
             assert (full.value.status_code, full.value.code, full.value.type) == (429, "queue_full", "rate_limit_error")
             assert int(full.value.response.headers["retry-after"]) > 0
 
+        steps = {"num_inference_steps": ENDLESS["num_inference_steps"]}
+        asked = {"prompt": "a cat", "n": ENDLESS["n"], "size": ENDLESS["size"], "extra_body": steps}
         began = time.monotonic()
         with pytest.raises(openai.InternalServerError) as late:
-            client.images.generate(prompt="a cat", size=ENDLESS["size"], extra_body={"num_inference_steps": 200})
+            client.images.generate(**asked)
         assert (late.value.status_code, late.value.code) == (504, "deadline_exceeded")
         assert time.monotonic() - began > 2
 
         with pytest.raises(openai.APIError) as midway:
-            list(
-                client.images.generate(
-                    prompt="a cat", size=ENDLESS["size"], stream=True, extra_body={"num_inference_steps": 200}
-                )
-            )
+            list(client.images.generate(**asked, stream=True))
         assert midway.value.code == "deadline_exceeded"
 
 

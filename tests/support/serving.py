@@ -16,10 +16,10 @@ from tests.support.host import free_port
 from tests.support.waiting import eventually
 
 START_TIMEOUT_S = 60
-# Takes the tiny model a minute on two slow cores, in steps between which it can be cancelled; not to be waited for.
-ENDLESS = {"prompt": "a long one", "size": "512x512", "num_inference_steps": 200, "seed": 1}
+# Takes the tiny model a minute or more, in steps between which it can be cancelled; not to be waited for.
+ENDLESS = {"prompt": "a long one", "n": 4, "size": "512x512", "num_inference_steps": 200, "seed": 1}
 # Takes a second or more on any CPU: time to do something meanwhile.
-LONG = ENDLESS | {"num_inference_steps": 16}
+LONG = ENDLESS | {"n": 1, "num_inference_steps": 16}
 
 
 @dataclass(frozen=True)

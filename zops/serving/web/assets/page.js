@@ -106,6 +106,8 @@ document.addEventListener("keydown", (event) => {
   else making?.abort();
 });
 if (/Mac|iPhone|iPad/.test(navigator.platform)) at("shortcut").textContent = "⌘ ↵";
+// Not earlier: what is pressed before there is somebody to hear it would be lost without a word.
+at("generate").disabled = false;
 
 await gallery.load();
 watch.look();
